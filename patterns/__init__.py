@@ -1,0 +1,1 @@
+"""The shipped placement files. This folder installs as `qdq_surgeon.patterns`."""

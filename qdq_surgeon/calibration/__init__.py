@@ -1,0 +1,1 @@
+"""Feeds (where data comes from), taps (one onnxruntime pass), statistics (mergeable), ranges (to thresholds)."""

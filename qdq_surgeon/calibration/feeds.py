@@ -1,0 +1,396 @@
+"""Where data comes from: files, arrays, iterables of dicts, test_data_set folders, or made up.
+
+All of them become `Feeds`: a stream of checked batches, cut to what the model's inputs allow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from ..errors import DataError, nearest
+from ..model import Model, tensor_type
+
+log = logging.getLogger("qdq_surgeon")
+
+Data: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | Iterable[Mapping[str, Any]]"
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+
+DYNAMIC_BATCH = 8
+"""How many samples are fed at once where the model leaves the batch open."""
+SYNTHETIC_SAMPLES = 16
+SYNTHETIC_SIZES = (224, 64, 16, 1)
+"""What unknown dimensions are tried with, in order, when inputs are made up."""
+HELD_OUT_EVERY = 4
+"""One batch in four is kept for the comparison, when there is enough data."""
+ENOUGH_SAMPLES = 16
+"""With fewer samples than this nothing is held out: calibration needs them all."""
+SHELF_SAMPLES = 256
+SHELF_BYTES = 256 << 20
+"""How much of a stream is kept for the comparison."""
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """What the model declares of one input: NumPy type and dimensions (int, symbol or None)."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | str | None, ...] | None
+
+    @property
+    def batch(self) -> int | None:
+        """The declared size of axis 0; None where it is open."""
+        return self.shape[0] if self.shape and isinstance(self.shape[0], int) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One feed for the model, {input name: array}, and how many samples are in it."""
+
+    feed: dict[str, NDArray[Any]]
+    samples: int
+    divisible: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.feed.values())
+
+    def part(self, start: int, stop: int) -> Batch:
+        """The samples from `start` to `stop`; the whole batch where the model does not allow to cut it."""
+        if not self.divisible or (start <= 0 and stop >= self.samples):
+            return self
+        feed = {name: array[start:stop] if _rows(array) == self.samples else array for name, array in self.feed.items()}
+        return Batch(feed, min(stop, self.samples) - start, self.divisible)
+
+
+@dataclass(frozen=True)
+class Feeds:
+    """A stream of batches, to be read once. `source` says where it comes from; `total` counts its samples if known."""
+
+    batches: Iterator[Batch]
+    source: str
+    total: int | None = None
+    synthetic: bool = False
+
+
+class _Shelf:
+    """Keeps batches up to a size."""
+
+    def __init__(self) -> None:
+        self.batches: list[Batch] = []
+        self.samples = self._bytes = 0
+
+    @property
+    def has_room(self) -> bool:
+        return self.samples < SHELF_SAMPLES and self._bytes < SHELF_BYTES
+
+    def add(self, batch: Batch) -> None:
+        self.batches.append(batch)
+        self.samples += batch.samples
+        self._bytes += batch.nbytes
+
+
+@dataclass
+class Split:
+    """Deals one stream of batches out: at most `limit` samples to calibration, some (`hold_out`) to the comparison.
+
+    Iterate it once, for the calibration batches. Afterwards `samples` and `digest` describe these, `evaluation`
+    holds the batches for the comparison, and `held_out` says that calibration has not seen them.
+    """
+
+    feeds: Feeds
+    limit: int | None = None
+    hold_out: bool = True
+    samples: int = 0
+    held_out: bool = False
+    evaluation: list[Batch] = field(default_factory=list)
+    _hash: Any = field(default_factory=hashlib.sha256)
+
+    @property
+    def digest(self) -> str:
+        return str(self._hash.hexdigest())
+
+    def __iter__(self) -> Iterator[Batch]:
+        seen, held = _Shelf(), _Shelf()
+        for index, batch in enumerate(self.feeds.batches):
+            enough = self.limit is not None and self.samples >= self.limit
+            in_turn = self.limit is None and index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+            if self.hold_out and held.has_room and (enough or in_turn):
+                held.add(batch)
+            elif enough:
+                break
+            else:
+                yield self._used(batch if self.limit is None else batch.part(0, self.limit - self.samples), seen)
+        if self.limit is None and self.samples + held.samples < ENOUGH_SAMPLES:
+            yield from (self._used(batch, seen) for batch in held.batches)
+            held = _Shelf()
+        if not self.samples:
+            raise DataError(f"{self.feeds.source} holds no samples: give at least one")
+        self.held_out = bool(held.batches)
+        self.evaluation = held.batches or seen.batches
+
+    def _used(self, batch: Batch, seen: _Shelf) -> Batch:
+        self.samples += batch.samples
+        for name in sorted(batch.feed):
+            self._hash.update(name.encode())
+            self._hash.update(np.ascontiguousarray(batch.feed[name]).data)
+        if seen.has_room:
+            seen.add(batch)
+        return batch
+
+
+def read_data(data: Data, model: Model) -> Feeds:
+    """Open a data source for a model.
+
+    A path to an .npz (input name -> array, samples along axis 0), an .npy (one-input models), or a folder of these
+    or of test_data_set_* folders; a mapping of arrays; or an iterable of mappings, one per batch. Raises DataError,
+    at once or while batches are read, for what does not fit: names, types, shapes, NaN.
+    """
+    inputs = declared_inputs(model)
+    if isinstance(data, (str, os.PathLike)):
+        return _from_path(Path(data), inputs)
+    if isinstance(data, Mapping):
+        return _from_arrays(data, inputs, "the arrays given")
+    if hasattr(data, "__array__") or hasattr(data, "__dlpack__"):
+        return _from_arrays({_only(inputs, "an array").name: data}, inputs, "the array given")
+    if isinstance(data, Iterable):
+        return Feeds(_from_iterable(data, inputs), "the batches given", len(data) if hasattr(data, "__len__") else None)
+    raise DataError(f"data is a path, a mapping of arrays or an iterable of mappings; this is a {type(data).__name__}")
+
+
+def default_data(
+    model: Model, shapes: Shapes | None = None, runs: Callable[[dict[str, NDArray[Any]]], bool] | None = None
+) -> Feeds:
+    """The test_data_set_* folders beside the model if there are any, else synthetic inputs.
+
+    `runs` says whether the model accepts a feed; it serves to find sizes for dimensions that nothing states.
+    """
+    inputs = declared_inputs(model)
+    folder = model.path.parent if model.path else None
+    if folder and any(folder.glob("test_data_set_*")):
+        return _from_test_sets(folder, inputs)
+    return Feeds(_synthetic(inputs, shapes or {}, runs), "synthetic inputs", SYNTHETIC_SAMPLES, synthetic=True)
+
+
+def declared_inputs(model: Model) -> tuple[Input, ...]:
+    """The inputs to feed. Raises DataError for one that is not a tensor."""
+    inputs = []
+    for value in model.inputs:
+        element, shape = tensor_type(value)
+        if not element:
+            raise DataError(f"the input '{value.name}' is not a tensor: such models cannot be calibrated yet")
+        inputs.append(Input(value.name, np.dtype(helper.tensor_dtype_to_np_dtype(element)), shape))
+    return tuple(inputs)
+
+
+def _from_path(path: Path, inputs: tuple[Input, ...]) -> Feeds:
+    if path.is_dir():
+        return _from_folder(path, inputs)
+    if not path.exists():
+        raise DataError(f"{path}: no such data file")
+    return _from_arrays(_read_arrays(path, inputs), inputs, str(path))
+
+
+def _from_folder(folder: Path, inputs: tuple[Input, ...]) -> Feeds:
+    if any(folder.glob("test_data_set_*")):
+        return _from_test_sets(folder, inputs)
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".npz", ".npy"))
+    if not files:
+        raise DataError(f"{folder} holds no .npz, no .npy and no test_data_set_* folder")
+    batches = (
+        batch for path in files for batch in _from_arrays(_read_arrays(path, inputs), inputs, str(path)).batches
+    )
+    return Feeds(batches, str(folder))
+
+
+def _from_test_sets(folder: Path, inputs: tuple[Input, ...]) -> Feeds:
+    sets = sorted(folder.glob("test_data_set_*"))
+    return Feeds((_read_test_set(path, inputs) for path in sets), f"{folder}/test_data_set_*", len(sets))
+
+
+def _read_test_set(folder: Path, inputs: tuple[Input, ...]) -> Batch:
+    feed: dict[str, Any] = {}
+    for index, declared in enumerate(inputs):
+        path = folder / f"input_{index}.pb"
+        try:
+            tensor = onnx.load_tensor(str(path))
+            feed[tensor.name if tensor.name in {i.name for i in inputs} else declared.name] = numpy_helper.to_array(tensor)
+        except Exception as error:
+            raise DataError(f"{path} is not a saved ONNX tensor ({type(error).__name__})") from error
+    return _batch(feed, inputs, str(folder))
+
+
+def _read_arrays(path: Path, inputs: tuple[Input, ...]) -> dict[str, NDArray[Any]]:
+    try:
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return {_only(inputs, str(path)).name: loaded}
+        with loaded:
+            arrays = {name: loaded[name] for name in loaded.files}
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{path} is not a whole .npz or .npy file ({error}): save it with numpy.savez") from error
+    return {inputs[0].name: arrays["arr_0"]} if list(arrays) == ["arr_0"] and len(inputs) == 1 else arrays
+
+
+def _only(inputs: tuple[Input, ...], source: str) -> Input:
+    if len(inputs) != 1:
+        names = ", ".join(declared.name for declared in inputs)
+        raise DataError(f"{source} is one array, but the model has {len(inputs)} inputs ({names}): give an .npz with these names")
+    return inputs[0]
+
+
+def _from_arrays(arrays: Mapping[str, Any], inputs: tuple[Input, ...], source: str) -> Feeds:
+    """Cut arrays with the samples along axis 0 into batches. One input's single batch serves every batch."""
+    _check_names(arrays, inputs, source)
+    cuts = {declared.name: _cuts(_array(arrays[declared.name], declared, source), declared, source) for declared in inputs}
+    counts = {name: len(pieces) for name, pieces in cuts.items() if len(pieces) != 1}
+    if len(set(counts.values())) > 1:
+        sizes = ", ".join(f"{name} {_rows(np.asarray(arrays[name]))}" for name in counts)
+        raise DataError(f"{source}: the inputs have different numbers of samples ({sizes})")
+    number = next(iter(counts.values()), 1)
+
+    def batches() -> Iterator[Batch]:
+        for index in range(number):
+            feed = {name: pieces[index if len(pieces) > 1 else 0]() for name, pieces in cuts.items()}
+            yield _batch(feed, inputs, f"{source}, batch {index}")
+
+    total = max((_samples_in(arrays[d.name], d) for d in inputs), default=0)
+    return Feeds(batches(), source, total)
+
+
+def _samples_in(array: Any, declared: Input) -> int:
+    shape = np.shape(array)
+    return int(shape[0]) if shape and declared.shape != () else 1
+
+
+def _cuts(array: NDArray[Any], declared: Input, source: str) -> list[Callable[[], NDArray[Any]]]:
+    """The pieces of one input's array, each read when its turn comes."""
+    rank = None if declared.shape is None else len(declared.shape)
+    if rank == array.ndim == 0:
+        return [lambda: array]
+    if array.ndim == 0:
+        raise DataError(f"{source}: '{declared.name}' is a single number, but the model wants {_shape_text(declared)}")
+    if not len(array):
+        raise DataError(f"{source}: '{declared.name}' is empty")
+    if rank is not None and array.ndim == rank + 1:
+        return [lambda i=i: array[i] for i in range(len(array))]  # type: ignore[misc]
+    size = declared.batch or DYNAMIC_BATCH
+    whole = len(array) // size * size if declared.batch else len(array)
+    if not whole:
+        raise DataError(f"{source}: '{declared.name}' has {len(array)} samples, but the model's batch is {size}")
+    if whole < len(array):
+        log.warning("%s: the last %d samples do not fill the model's batch of %d and are left out", source, len(array) - whole, size)
+    return [lambda i=i: array[i : min(i + size, whole)] for i in range(0, whole, size)]  # type: ignore[misc]
+
+
+def _from_iterable(data: Iterable[Mapping[str, Any]], inputs: tuple[Input, ...]) -> Iterator[Batch]:
+    for index, feed in enumerate(data):
+        source = f"batch {index}"
+        if not isinstance(feed, Mapping):
+            raise DataError(f"{source} is a {type(feed).__name__}: give one mapping of input names to arrays per batch")
+        _check_names(feed, inputs, source)
+        yield _batch({d.name: _array(feed[d.name], d, source) for d in inputs}, inputs, source)
+
+
+def _batch(feed: Mapping[str, NDArray[Any]], inputs: tuple[Input, ...], source: str) -> Batch:
+    """Check one feed against the model's inputs and give it the declared types."""
+    _check_names(feed, inputs, source)
+    checked = {declared.name: _checked(feed[declared.name], declared, source) for declared in inputs}
+    open_batches = [declared for declared in inputs if declared.shape and declared.batch is None]
+    samples = max((_rows(checked[declared.name]) for declared in open_batches), default=0)
+    if open_batches:
+        return Batch(checked, samples, divisible=samples > 1)
+    return Batch(checked, inputs[0].batch or 1 if inputs else 1)
+
+
+def _checked(array: NDArray[Any], declared: Input, source: str) -> NDArray[Any]:
+    where = f"{source}: '{declared.name}'"
+    if array.dtype != declared.dtype and not np.can_cast(array.dtype, declared.dtype, "same_kind"):
+        raise DataError(f"{where} holds {array.dtype}, but the model wants {declared.dtype}: convert it")
+    fits = declared.shape is None or (
+        array.ndim == len(declared.shape)
+        and all(not isinstance(want, int) or want == have for want, have in zip(declared.shape, array.shape, strict=True))
+    )
+    if not fits:
+        raise DataError(f"{where} has shape {list(array.shape)}, but the model wants {_shape_text(declared)}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise DataError(f"{where} holds NaN or infinity: clean the data")
+    return np.ascontiguousarray(array, declared.dtype)
+
+
+def _check_names(given: Mapping[str, Any], inputs: tuple[Input, ...], source: str) -> None:
+    wanted = [declared.name for declared in inputs]
+    missing = [name for name in wanted if name not in given]
+    extra = [str(name) for name in given if name not in wanted]
+    if missing:
+        raise DataError(
+            f"{source} has no '{missing[0]}'.{nearest(missing[0], extra)} It has {', '.join(map(str, given)) or 'nothing'}; "
+            f"the model's inputs are {', '.join(wanted)}"
+        )
+    if extra:
+        log.debug("%s: not inputs of the model, left out: %s", source, ", ".join(extra))
+
+
+def _array(value: Any, declared: Input, source: str) -> NDArray[Any]:
+    try:
+        if hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray):
+            return np.from_dlpack(value)
+        array = np.asarray(value)
+    except Exception as error:
+        raise DataError(f"{source}: '{declared.name}' cannot be read as an array ({error})") from error
+    if array.dtype.kind not in "biufV":
+        raise DataError(f"{source}: '{declared.name}' holds {array.dtype}, which is no number")
+    return array
+
+
+def _synthetic(
+    inputs: tuple[Input, ...], shapes: Shapes, runs: Callable[[dict[str, NDArray[Any]]], bool] | None
+) -> Iterator[Batch]:
+    """Seeded normal values for floats, 0 and 1 for integers. Unknown sizes: `shapes`, else the first that runs."""
+    for name in shapes:
+        if name not in {declared.name for declared in inputs}:
+            raise DataError(f"--shapes: the model has no input '{name}'.{nearest(name, [d.name for d in inputs])}")
+    generator = np.random.default_rng(0)
+    size = next(
+        (size for size in SYNTHETIC_SIZES if runs is None or runs(_made_up(inputs, shapes, size, generator))),
+        None,
+    )
+    if size is None:
+        raise DataError("no input sizes were found with which the model runs: state them with --shapes name:1x3x224x224")
+    for _ in range(SYNTHETIC_SAMPLES):
+        yield _batch(_made_up(inputs, shapes, size, generator), inputs, "synthetic inputs")
+
+
+def _made_up(
+    inputs: tuple[Input, ...], shapes: Shapes, size: int, generator: np.random.Generator
+) -> dict[str, NDArray[Any]]:
+    feed: dict[str, NDArray[Any]] = {}
+    for declared in inputs:
+        dims = declared.shape or ()
+        filled = tuple(d if isinstance(d, int) else (1 if axis == 0 else size) for axis, d in enumerate(dims))
+        shape = shapes.get(declared.name, filled)
+        integral = declared.dtype.kind in "biu"
+        values = generator.integers(0, 2, shape) if integral else generator.standard_normal(shape)
+        feed[declared.name] = np.asarray(values).astype(declared.dtype)
+    return feed
+
+
+def _rows(array: NDArray[Any]) -> int:
+    return len(array) if array.ndim else 1
+
+
+def _shape_text(declared: Input) -> str:
+    return "[" + ", ".join(str(dim) if dim is not None else "?" for dim in declared.shape or ()) + "]"

@@ -1,0 +1,110 @@
+"""The one pass of onnxruntime: sessions, and the statistics of tapped tensors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, helper
+
+from ..errors import DataError, ModelError
+from ..model import Model
+from .feeds import Batch
+from .statistics import Accumulator, Statistic
+
+log = logging.getLogger("qdq_surgeon")
+
+Progress: TypeAlias = Callable[[str, int, "int | None"], None]
+"""Called with a stage's name, the samples done and their total (None: unknown). It may raise to stop the run."""
+
+_QUIET = 4  # onnxruntime's FATAL: what goes wrong arrives as an exception
+
+
+class Session:
+    """An onnxruntime session on the CPU.
+
+    `simulate` is for Q/DQ models: basic optimizations only, and without the one that would store float weights and
+    biases behind a DQ as integers, so that each pair rounds exactly where it stands.
+    """
+
+    def __init__(self, proto: ModelProto, simulate: bool = False) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = _QUIET
+        disabled = []
+        if simulate:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+            disabled = ["WeightBiasQuantization"]
+        try:
+            self._session = ort.InferenceSession(
+                proto.SerializeToString(), options, ["CPUExecutionProvider"], disabled_optimizers=disabled
+            )
+        except Exception as error:
+            raise ModelError(f"onnxruntime refuses the model: {_reason(error)}") from error
+        self.outputs: tuple[str, ...] = tuple(output.name for output in self._session.get_outputs())
+        self._whole = True
+
+    def run(self, batch: Batch, names: Sequence[str]) -> list[list[NDArray[Any]]]:
+        """The named outputs for one batch; once per sample where the model does not run on the whole batch."""
+        if self._whole or not batch.divisible:
+            try:
+                return [self._session.run(list(names), batch.feed)]
+            except Exception as error:
+                if not batch.divisible:
+                    raise DataError(f"onnxruntime cannot run the model on the data: {_reason(error)}") from error
+            log.info("the model does not run on %d samples at once: one at a time from here on", batch.samples)
+            self._whole = False
+        single = [replace(batch.part(index, index + 1), divisible=False) for index in range(batch.samples)]
+        return [outputs for part in single for outputs in self.run(part, names)]
+
+    def runs(self, feed: dict[str, NDArray[Any]]) -> bool:
+        """True where the model accepts a feed."""
+        try:
+            self._session.run(None, feed)
+        except Exception:
+            return False
+        return True
+
+
+def tap(model: Model, tensors: Iterable[str]) -> ModelProto:
+    """A copy of the model in which the tensors are outputs too."""
+    proto = ModelProto()
+    proto.CopyFrom(model.proto)
+    have = {value.name for value in proto.graph.output}
+    for name in tensors:
+        if name not in have:
+            element = model.graph.element_type(name) or TensorProto.FLOAT
+            proto.graph.output.append(helper.make_tensor_value_info(name, element, None))
+    return proto
+
+
+def collect(
+    model: Model, tensors: Sequence[str], batches: Iterable[Batch], total: int | None, progress: Progress | None = None
+) -> dict[str, Statistic]:
+    """Run the float model once over the batches and keep one statistic per tensor, never an activation."""
+    fed = set(model.graph.inputs)
+    names = [name for name in tensors if name not in fed]
+    counted = {name: Accumulator() for name in tensors}
+    session = Session(tap(model, names)) if names else None
+    done = 0
+    for batch in batches:
+        for name in counted.keys() & fed:
+            counted[name].add(batch.feed[name])
+        for outputs in session.run(batch, names) if session else ():
+            for name, array in zip(names, outputs, strict=True):
+                counted[name].add(array)
+        done += batch.samples
+        if progress:
+            progress("calibrate", done, total)
+    return {name: accumulator.result() for name, accumulator in counted.items()}
+
+
+def _reason(error: BaseException) -> str:
+    """onnxruntime's message without its prefix, on one line."""
+    text = " ".join(str(error).split())
+    return text.split(" : ", 2)[-1][:300] if text.startswith("[ONNXRuntimeError]") else text[:300]
+
+

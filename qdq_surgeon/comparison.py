@@ -1,0 +1,141 @@
+"""Runs the float and the Q/DQ model on the same data and measures how far apart they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from .calibration.feeds import Batch
+from .calibration.taps import Progress, Session
+from .report.tables import decibels, share, table
+
+
+@dataclass(frozen=True, slots=True)
+class OutputComparison:
+    """One output of the two models over all samples.
+
+    `sqnr` is 10 log10(sum of ref^2 / sum of (ref - int8)^2) in dB (inf where they are equal), `cosine` the cosine
+    between both as one long vector, `max_error` the largest |ref - int8|. `agreement` is the share of samples with
+    the same top-1 class, None where the output does not look like class scores.
+    """
+
+    name: str
+    sqnr: float
+    cosine: float
+    max_error: float
+    agreement: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """FP32 against Q/DQ, simulated in onnxruntime. `held_out`: calibration had not seen these samples."""
+
+    outputs: tuple[OutputComparison, ...]
+    samples: int
+    data: str
+    held_out: bool
+
+    @property
+    def sqnr(self) -> float:
+        """The lowest SQNR of any output, in dB."""
+        return min((output.sqnr for output in self.outputs), default=math.inf)
+
+    @property
+    def agreement(self) -> float | None:
+        """The lowest top-1 agreement of any output that looks like class scores; None where none does."""
+        return min((output.agreement for output in self.outputs if output.agreement is not None), default=None)
+
+    def __str__(self) -> str:
+        seen = "not used for calibration" if self.held_out else "used for calibration too"
+        rows = [
+            (o.name, decibels(o.sqnr), f"{o.cosine:.6f}", f"{o.max_error:.4g}", share(o.agreement))
+            for o in self.outputs
+        ]
+        head = f"float against INT8 (Q/DQ simulated in onnxruntime) on {self.samples} samples of {self.data}, {seen}"
+        return f"{head}\n{table(('output', 'SQNR', 'cosine', 'max error', 'top-1 agreement'), rows)}"
+
+
+def compare_models(
+    reference: ModelProto,
+    quantized: ModelProto,
+    batches: Iterable[Batch],
+    data: str,
+    held_out: bool,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Run both models over the batches, one at a time, and compare every output that is a tensor of numbers.
+
+    Raises ModelError where onnxruntime refuses a model, DataError where it cannot run it.
+    """
+    sessions = Session(reference), Session(quantized, simulate=True)
+    names = [name for name in sessions[0].outputs if name in sessions[1].outputs]
+    measured = {name: _Measured() for name in names}
+    done = 0
+    for batch in batches:
+        pairs = zip(*(session.run(batch, names) for session in sessions), strict=True)
+        for expected, actual in pairs:
+            for name, left, right in zip(names, expected, actual, strict=True):
+                measured[name].add(left, right)
+        done += batch.samples
+        if progress:
+            progress("compare", done, None)
+    outputs = tuple(measured[name].result(name) for name in names if measured[name].numbers)
+    return Comparison(outputs, done, data, held_out)
+
+
+class _Measured:
+    """Running sums over one output."""
+
+    def __init__(self) -> None:
+        self.numbers = False
+        self._signal = self._noise = self._product = self._power = self._error = 0.0
+        self._same = self._rows = 0
+        self._scores = True
+
+    def add(self, expected: Any, actual: Any) -> None:
+        if not isinstance(expected, np.ndarray) or expected.dtype.kind not in "biufV":
+            return
+        self.numbers = True
+        left, right = expected.astype(np.float64), actual.astype(np.float64)
+        error = left - right
+        self._signal += float(np.sum(left * left))
+        self._power += float(np.sum(right * right))
+        self._product += float(np.sum(left * right))
+        self._noise += float(np.sum(error * error))
+        self._error = max(self._error, float(np.max(np.abs(error), initial=0)))
+        self._scores = self._scores and expected.dtype.kind in "fV" and _looks_like_scores(expected.shape)
+        if self._scores:
+            rows = len(left)
+            self._same += int(np.sum(_top1(left) == _top1(right)))
+            self._rows += rows
+
+    def result(self, name: str) -> OutputComparison:
+        norms = math.sqrt(self._signal * self._power)
+        return OutputComparison(
+            name,
+            sqnr=_decibels(self._signal, self._noise),
+            cosine=self._product / norms if norms else float(self._signal == self._power),
+            max_error=self._error,
+            agreement=self._same / self._rows if self._scores and self._rows else None,
+        )
+
+
+def _looks_like_scores(shape: Sequence[int]) -> bool:
+    """(samples, classes) with at least two classes, maybe with further dimensions of 1."""
+    return len(shape) >= 2 and shape[1] >= 2 and all(size == 1 for size in shape[2:])
+
+
+def _top1(scores: NDArray[Any]) -> NDArray[Any]:
+    return np.asarray(scores.reshape(len(scores), -1).argmax(1))
+
+
+def _decibels(signal: float, noise: float) -> float:
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf

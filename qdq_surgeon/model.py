@@ -1,0 +1,576 @@
+"""Load, view and save ONNX models: the only reader of raw ONNX.
+
+`load` gives a `Model`; `Model.graph` is the read-only view on which the rules work: nodes in an order that does
+not depend on how they are stored, who produces and who reads each tensor, element types, shapes, constants.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from .edges import GRAPH_OUTPUT, Edge
+from .errors import ModelError
+
+log = logging.getLogger("qdq_surgeon")
+
+MIN_OPSET = 13
+"""Per-channel QuantizeLinear and DequantizeLinear exist from opset 13."""
+HALF_OPSET = 19
+"""QuantizeLinear and DequantizeLinear take FP16 and BF16 scales from opset 19."""
+PER_TENSOR_OPSET = 10
+"""QuantizeLinear and DequantizeLinear exist from opset 10, per tensor."""
+MIN_IR = 4
+"""Below IR 4 every initializer must be a graph input too, so new ones would be invalid."""
+
+HALF_TYPES = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16})
+FLOAT_TYPES = frozenset({TensorProto.FLOAT}) | HALF_TYPES
+"""The element types that Q/DQ can read. DOUBLE is not among them."""
+
+QDQ_OPS = frozenset({"QuantizeLinear", "DequantizeLinear"})
+INTEGER_OPS = frozenset(
+    {"QLinearConv", "QLinearMatMul", "QLinearAdd", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear"}
+)
+"""Ops of models that are quantized in operator form. TensorRT refuses them."""
+
+NOT_FOLDABLE = frozenset(
+    {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"}
+)
+DATA_FREE_OPS = frozenset({"Shape", "Size"})
+"""Ops that read a float tensor without its values."""
+
+_SKELETON_BYTES = 4096
+
+
+@runtime_checkable
+class HasModelProto(Protocol):
+    """Anything that carries a ModelProto, such as torch.onnx's ONNXProgram."""
+
+    @property
+    def model_proto(self) -> ModelProto: ...
+
+
+Source: TypeAlias = "str | os.PathLike[str] | ModelProto | HasModelProto | Model"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Node:
+    """One node. `op` carries the domain where it is not ONNX's own: 'com.microsoft::FusedConv'."""
+
+    scope: tuple[str, ...]
+    op: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    proto: NodeProto
+    captured: tuple[str, ...] = ()
+
+    @property
+    def first_output(self) -> str:
+        return next((name for name in self.outputs if name), "")
+
+    @property
+    def label(self) -> str:
+        return f"{self.op} {self.name or self.first_output}"
+
+    def attribute(self, name: str) -> Any:
+        """The attribute's value, or the schema's default, or None."""
+        for attribute in self.proto.attribute:
+            if attribute.name == name:
+                return _plain(helper.get_attribute_value(attribute))
+        return _default(self.proto.op_type, self.proto.domain, name)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model. `proto` is what gets quantized, and is never changed; `original` is what was given.
+
+    They differ where the opset or the IR version had to be raised, which `notes` says.
+    """
+
+    proto: ModelProto
+    original: ModelProto
+    path: Path | None = None
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def graph(self) -> Graph:
+        return Graph(self.proto, self.path.parent if self.path else None)
+
+    @cached_property
+    def opset(self) -> int:
+        return default_opset(self.proto)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over opsets, nodes, initializers, inputs and outputs; not over metadata or stored order."""
+        whole = hashlib.sha256()
+        parts = [proto.SerializeToString(deterministic=True) for proto in self.proto.opset_import]
+        parts += [proto.SerializeToString(deterministic=True) for proto in self.proto.graph.node]
+        parts += [_tensor_digest(tensor) for tensor in self.proto.graph.initializer]
+        parts += [proto.SerializeToString(deterministic=True) for proto in self.proto.graph.sparse_initializer]
+        for part in sorted(parts):
+            whole.update(hashlib.sha256(part).digest())
+        for value in (*self.proto.graph.input, *self.proto.graph.output):
+            whole.update(value.SerializeToString(deterministic=True))
+        return whole.hexdigest()
+
+    @property
+    def inputs(self) -> tuple[onnx.ValueInfoProto, ...]:
+        """The inputs that a caller must feed: graph inputs without an initializer of the same name."""
+        initializers = {tensor.name for tensor in self.proto.graph.initializer}
+        return tuple(value for value in self.proto.graph.input if value.name not in initializers)
+
+
+class Graph:
+    """A read-only view of a model's top graph.
+
+    `nodes` holds the nodes that lead to an output, producers first, in an order that follows from the graph's
+    structure alone (depth first from the outputs, inputs by slot). Bodies of If, Loop and Scan are not planned;
+    what they read from outside counts as read by an edge with their scope.
+    """
+
+    def __init__(self, proto: ModelProto, folder: Path | None = None) -> None:
+        self.proto = proto
+        self.opset = default_opset(proto)
+        self._folder = str(folder) if folder else ""
+        self._initializers = {tensor.name: tensor for tensor in proto.graph.initializer}
+        self._sparse = {tensor.values.name for tensor in proto.graph.sparse_initializer}
+        fed = [value.name for value in proto.graph.input if value.name not in self._initializers]
+        self.inputs: tuple[str, ...] = tuple(fed)
+        self.outputs: tuple[str, ...] = tuple(value.name for value in proto.graph.output)
+        self._producers = _producers(proto)
+        self.nodes: tuple[Node, ...] = tuple(self._ordered())
+        self._positions = {node.first_output: index for index, node in enumerate(self.nodes)}
+        self._readers: dict[str, tuple[Edge, ...]] = self._read()
+        self._types, self._shapes = _inferred(proto)
+        self._complete_types()
+        self._constants = self._find_constants()
+
+    def producer(self, tensor: str) -> Node | None:
+        """The node that makes `tensor`; None for graph inputs and initializers."""
+        return self._producers.get(tensor)
+
+    def readers(self, tensor: str) -> tuple[Edge, ...]:
+        """The edges that read `tensor`: in the order of `nodes`, then those of the graph's own outputs."""
+        return self._readers.get(tensor, ())
+
+    def reading_node(self, edge: Edge) -> Node | None:
+        """The node of an edge of the top graph; None for a graph output and for control-flow bodies."""
+        if edge.scope or edge.slot == GRAPH_OUTPUT:
+            return None
+        return self._producers.get(edge.reader)
+
+    def position(self, tensor: str) -> int:
+        """Where in `nodes` the tensor is made; -1 for graph inputs and initializers."""
+        node = self._producers.get(tensor)
+        return self._positions.get(node.first_output, -1) if node else -1
+
+    def is_constant(self, tensor: str) -> bool:
+        """True for initializers and for what follows from them alone (Constant, Cast, Transpose, Reshape ...)."""
+        return tensor in self._constants
+
+    def is_float(self, tensor: str) -> bool:
+        """True for FP32, FP16 and BF16 tensors: those that Q/DQ can read."""
+        return self._types.get(tensor) in FLOAT_TYPES
+
+    def element_type(self, tensor: str) -> int | None:
+        """The TensorProto.DataType of a tensor, None where it is unknown."""
+        return self._types.get(tensor)
+
+    def shape(self, tensor: str) -> tuple[int | None, ...] | None:
+        """The dimensions (None: dynamic), or None where the rank is unknown."""
+        return self._shapes.get(tensor)
+
+    def value(self, tensor: str) -> NDArray[Any]:
+        """The value of a constant tensor. Raises ModelError where it cannot be computed."""
+        if tensor in self._initializers:
+            return numpy_helper.to_array(self._initializers[tensor], self._folder)
+        return self._fold(tensor)
+
+    def _fold(self, tensor: str) -> NDArray[Any]:
+        from onnx.reference import ReferenceEvaluator  # slow to import, and most models never need it
+
+        chain: dict[str, Node] = {}
+        leaves: dict[str, TensorProto] = {}
+        pending = [tensor]
+        while pending:
+            name = pending.pop()
+            if name in self._initializers:
+                leaves[name] = self._initializers[name]
+            elif name and name not in chain:
+                node = chain[name] = self._producers[name]
+                pending.extend(node.inputs)
+        protos = [node.proto for node in self.nodes if node.first_output in chain]
+        output = helper.make_tensor_value_info(tensor, self._types.get(tensor, TensorProto.FLOAT), None)
+        graph = helper.make_graph(protos, "fold", [], [output], initializer=list(leaves.values()))
+        try:
+            folded = ReferenceEvaluator(helper.make_model(graph, opset_imports=self.proto.opset_import)).run(None, {})
+        except Exception as error:
+            raise ModelError(f"the constant '{tensor}' cannot be computed ({_one_line(error)})") from error
+        return np.asarray(folded[0])
+
+    def _ordered(self) -> Iterator[Node]:
+        done: set[str] = set()
+        open_: set[str] = set()
+        known = set(self.inputs) | self._initializers.keys() | self._sparse
+        stack = [(name, False) for name in reversed(self.outputs)]
+        while stack:
+            tensor, leaving = stack.pop()
+            node = self._producers.get(tensor)
+            if node is None:
+                self._check_known(tensor, known)
+                continue
+            key = node.first_output
+            if leaving:
+                open_.discard(key)
+                done.add(key)
+                yield node
+                continue
+            if key in done:
+                continue
+            if key in open_:
+                raise ModelError(f"the graph has a cycle through {node.label}: it is not a valid ONNX model")
+            open_.add(key)
+            stack.append((tensor, True))
+            stack.extend((name, False) for name in reversed((*node.inputs, *node.captured)) if name)
+
+    @staticmethod
+    def _check_known(tensor: str, known: set[str]) -> None:
+        if tensor not in known:
+            raise ModelError(f"the tensor '{tensor}' is read, but no node, input or initializer gives it")
+
+    def _read(self) -> dict[str, tuple[Edge, ...]]:
+        readers: dict[str, list[Edge]] = {}
+        for node in self.nodes:
+            for slot, tensor in enumerate(node.inputs):
+                edge = Edge(node.scope, node.first_output, slot, node.op, node.name)
+                readers.setdefault(tensor, []).append(edge)
+            for tensor, edge in _captured_edges(node.proto, node.scope):
+                readers.setdefault(tensor, []).append(edge)
+        for name in self.outputs:
+            readers.setdefault(name, []).append(Edge((), name, GRAPH_OUTPUT))
+        readers.pop("", None)
+        return {tensor: tuple(edges) for tensor, edges in readers.items()}
+
+    def _complete_types(self) -> None:
+        """Where inference stopped (a custom op), inputs and outputs under one type variable share their type."""
+        for node in self.nodes:
+            variables = _type_variables(node.proto.op_type, node.proto.domain, len(node.inputs), len(node.outputs))
+            if variables is None:
+                continue
+            tensors = (*node.inputs, *node.outputs)
+            known = {v: self._types[t] for v, t in zip(variables, tensors, strict=True) if v and t in self._types}
+            for variable, tensor in zip(variables, tensors, strict=True):
+                if tensor and variable in known:
+                    self._types.setdefault(tensor, known[variable])
+
+    def _find_constants(self) -> set[str]:
+        constants = {*self._initializers, *self._sparse}
+        for node in self.nodes:
+            inputs = [name for name in node.inputs if name]
+            if not inputs and node.op != "Constant":
+                continue
+            if node.op in NOT_FOLDABLE or node.captured or "::" in node.op or _bodies(node.proto):
+                continue
+            if all(name in constants for name in inputs):
+                constants.update(node.outputs)
+        return constants
+
+
+def load(source: Source) -> Model:
+    """Read a model from a path, a ModelProto or anything with `.model_proto`; the source is never changed.
+
+    The opset is raised to 13 where it is lower (19 where FP16 or BF16 tensors are present), the IR version to 4.
+    Raises ModelError for a missing or damaged file and for what is not ONNX.
+    """
+    if isinstance(source, Model):
+        return source
+    if isinstance(source, ModelProto):
+        return _prepared(source, None)
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        return _prepared(_read_file(path), path)
+    if isinstance(source, HasModelProto):
+        return _prepared(source.model_proto, None)
+    raise ModelError(f"a model is a path, a ModelProto or has .model_proto; this is a {type(source).__name__}")
+
+
+def save(proto: ModelProto, path: str | os.PathLike[str]) -> None:
+    """Write a model atomically: the file is either whole or not there. Raises ModelError where it cannot be."""
+    target = Path(path)
+    if proto.ByteSize() >= 2**31:
+        raise ModelError(f"{target}: the result exceeds 2 GB, which one ONNX file cannot hold")
+    write_atomically(target, proto.SerializeToString(deterministic=True))
+
+
+def write_atomically(target: Path, data: bytes) -> None:
+    """Write `data` beside `target` and move it into place. Raises ModelError where the folder refuses."""
+    temporary = ""
+    try:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+            temporary = file.name
+            file.write(data)
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(target)
+    except OSError as error:
+        raise ModelError(f"{target} cannot be written: {error.strerror or error}") from error
+    finally:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def default_opset(proto: ModelProto) -> int:
+    """The version of ONNX's own operators that the model imports."""
+    return max((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+
+
+def tensor_type(value: onnx.ValueInfoProto) -> tuple[int | None, tuple[int | str | None, ...] | None]:
+    """Element type and dimensions of a declared tensor: an int, a symbol's name, or None for each dimension."""
+    if not value.type.HasField("tensor_type"):
+        return None, None
+    declared = value.type.tensor_type
+    if not declared.HasField("shape"):
+        return declared.elem_type, None
+    dims = tuple(
+        dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or None) for dim in declared.shape.dim
+    )
+    return declared.elem_type, dims
+
+
+def _read_file(path: Path) -> ModelProto:
+    if not path.exists():
+        raise ModelError(f"{path}: no such file")
+    if path.is_dir():
+        raise ModelError(f"{path} is a folder: give the .onnx file in it")
+    try:
+        return onnx.load(path)
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: its external data is missing: {_one_line(error)}") from error
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:
+        raise ModelError(
+            f"{path} is not a whole ONNX file ({_one_line(error)}): export or download it again"
+        ) from error
+
+
+def _prepared(proto: ModelProto, path: Path | None) -> Model:
+    name = str(path) if path else "the model"
+    if not proto.ir_version or not (proto.graph.node or proto.graph.output):
+        raise ModelError(f"{name} holds no ONNX graph: is this an ONNX file?")
+    original = proto
+    proto, notes = _raised(proto, name)
+    if proto.ir_version < MIN_IR:
+        copied = ModelProto()
+        copied.CopyFrom(proto)
+        copied.ir_version = MIN_IR
+        proto = copied
+    for note in notes:
+        log.info("%s", note)
+    return Model(proto, original, path, notes)
+
+
+def _raised(proto: ModelProto, name: str) -> tuple[ModelProto, tuple[str, ...]]:
+    have = default_opset(proto)
+    want = HALF_OPSET if _has_half(proto) else MIN_OPSET
+    if have >= want or any(node.op_type in QDQ_OPS for node in proto.graph.node):
+        return proto, ()
+    try:
+        return _converted(proto, want), (f"opset raised from {have} to {want}",)
+    except Exception as error:
+        reason = _one_line(error)
+    if want == HALF_OPSET or have < PER_TENSOR_OPSET:
+        raise ModelError(
+            f"{name} has opset {have}, Q/DQ needs {want}, and onnx's converter refuses it ({reason}): "
+            f"export it with opset {want} or later"
+        )
+    return proto, (f"opset stays at {have}, so weights get one scale per tensor: onnx's converter says: {reason}",)
+
+
+def _has_half(proto: ModelProto) -> bool:
+    types = {tensor.data_type for tensor in proto.graph.initializer}
+    types |= {tensor_type(value)[0] or 0 for value in proto.graph.input}
+    return bool(types & HALF_TYPES)
+
+
+def _converted(proto: ModelProto, opset: int) -> ModelProto:
+    """onnx's version converter, and what it drops put back: functions, metadata, doc strings, names."""
+    from onnx import version_converter
+
+    converted = version_converter.convert_version(proto, opset)
+    if [value.name for value in converted.graph.output] != [value.name for value in proto.graph.output]:
+        raise ModelError("it renames the graph's outputs")
+    result = ModelProto()
+    result.CopyFrom(proto)
+    result.ir_version = max(proto.ir_version, MIN_IR)
+    for entry in result.opset_import:
+        if entry.domain in ("", "ai.onnx"):
+            entry.version = opset
+    graph = result.graph
+    originals = {node.output[0]: node for node in proto.graph.node if node.output}
+    del graph.node[:]
+    for node in converted.graph.node:
+        original = originals.get(node.output[0]) if node.output else None
+        if original is not None and original.op_type == node.op_type:
+            node.name, node.doc_string = original.name, original.doc_string
+            node.metadata_props.extend(original.metadata_props)
+        graph.node.append(node)
+    have = {tensor.name for tensor in graph.initializer}
+    graph.initializer.extend(tensor for tensor in converted.graph.initializer if tensor.name not in have)
+    return result
+
+
+def _tensor_digest(tensor: TensorProto) -> bytes:
+    head = f"{tensor.name}|{tensor.data_type}|{list(tensor.dims)}|".encode()
+    if tensor.raw_data:
+        return head + hashlib.sha256(tensor.raw_data).digest()
+    return head + hashlib.sha256(tensor.SerializeToString(deterministic=True)).digest()
+
+
+def _producers(proto: ModelProto) -> dict[str, Node]:
+    producers: dict[str, Node] = {}
+    for node in proto.graph.node:
+        domain = "" if node.domain in ("", "ai.onnx") else f"{node.domain}::"
+        captured = tuple(dict.fromkeys(tensor for tensor, _ in _captured_edges(node, ())))
+        view = Node((), domain + node.op_type, node.name, tuple(node.input), tuple(node.output), node, captured)
+        for output in filter(None, node.output):
+            if output in producers:
+                raise ModelError(f"two nodes make the tensor '{output}': it is not a valid ONNX model")
+            producers[output] = view
+    return producers
+
+
+def _bodies(node: NodeProto) -> list[tuple[str, onnx.GraphProto]]:
+    return [(item.name, item.g) for item in node.attribute if item.type == AttributeProto.GRAPH] + [
+        (f"{item.name}[{index}]", graph)
+        for item in node.attribute
+        if item.type == AttributeProto.GRAPHS
+        for index, graph in enumerate(item.graphs)
+    ]
+
+
+def _captured_edges(node: NodeProto, scope: tuple[str, ...]) -> Iterator[tuple[str, Edge]]:
+    """What the bodies of a control-flow node read from outside, each with the edge that reads it."""
+    for name, body in _bodies(node):
+        inner = (*scope, f"{next(filter(None, node.output), '')}.{name}")
+        local = {value.name for value in body.input} | {tensor.name for tensor in body.initializer}
+        local |= {tensor.values.name for tensor in body.sparse_initializer}
+        local |= {output for child in body.node for output in child.output}
+        for child in body.node:
+            first = next(filter(None, child.output), "")
+            reads = [
+                (tensor, Edge(inner, first, slot, child.op_type, child.name))
+                for slot, tensor in enumerate(child.input)
+            ]
+            reads += _captured_edges(child, inner)
+            yield from (read for read in reads if read[0] and read[0] not in local)
+        for value in body.output:
+            if value.name not in local:
+                yield value.name, Edge(inner, value.name, GRAPH_OUTPUT)
+
+
+def _inferred(proto: ModelProto) -> tuple[dict[str, int], dict[str, tuple[int | None, ...]]]:
+    """Element types and shapes of all tensors, by onnx's shape inference on a copy without the weights' data."""
+    skeleton = _skeleton(proto)
+    try:
+        inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
+    except Exception as error:
+        log.warning("shapes could not be inferred (%s): rules that need them will not apply", _one_line(error))
+        inferred = skeleton.graph
+    types: dict[str, int] = {}
+    shapes: dict[str, tuple[int | None, ...]] = {}
+    for value in (*inferred.value_info, *inferred.output, *inferred.input):
+        element, dims = tensor_type(value)
+        if element:
+            types[value.name] = element
+        if dims is not None:
+            shapes[value.name] = tuple(dim if isinstance(dim, int) else None for dim in dims)
+    for tensor in proto.graph.initializer:
+        types[tensor.name], shapes[tensor.name] = tensor.data_type, tuple(tensor.dims)
+    return types, shapes
+
+
+def _skeleton(proto: ModelProto) -> ModelProto:
+    skeleton = ModelProto(ir_version=proto.ir_version)
+    skeleton.opset_import.extend(proto.opset_import)
+    skeleton.functions.extend(proto.functions)
+    graph = skeleton.graph
+    graph.name = proto.graph.name
+    graph.node.extend(proto.graph.node)
+    graph.input.extend(proto.graph.input)
+    graph.output.extend(proto.graph.output)
+    graph.value_info.extend(proto.graph.value_info)
+    listed = {value.name for value in proto.graph.input}
+    for tensor in proto.graph.initializer:
+        if tensor.ByteSize() <= _SKELETON_BYTES:
+            graph.initializer.append(tensor)
+        elif tensor.name not in listed:
+            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    return skeleton
+
+
+_schemas: dict[tuple[str, str], Any] = {}
+
+
+def _schema(op: str, domain: str) -> Any:
+    key = (op, "" if domain == "ai.onnx" else domain)
+    if key not in _schemas:
+        with contextlib.suppress(onnx.defs.SchemaError):
+            _schemas[key] = onnx.defs.get_schema(*key)
+    return _schemas.get(key)
+
+
+def _default(op: str, domain: str, attribute: str) -> Any:
+    schema = _schema(op, domain)
+    declared = schema.attributes.get(attribute) if schema else None
+    if declared is None or declared.default_value.type == AttributeProto.UNDEFINED:
+        return None
+    return _plain(helper.get_attribute_value(declared.default_value))
+
+
+def _type_variables(op: str, domain: str, inputs: int, outputs: int) -> list[str] | None:
+    """The type variable of each input and output, '' where the schema fixes the type."""
+    schema = _schema(op, domain)
+    if schema is None or not schema.inputs:
+        return None
+    variables = {constraint.type_param_str for constraint in schema.type_constraints}
+
+    def variable(declared: Any, index: int) -> str:
+        if not declared:
+            return ""
+        parameter = declared[min(index, len(declared) - 1)]
+        homogeneous = parameter.is_homogeneous
+        return parameter.type_str if homogeneous and parameter.type_str in variables else ""
+
+    return [variable(schema.inputs, i) for i in range(inputs)] + [variable(schema.outputs, i) for i in range(outputs)]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return list(value) if isinstance(value, (list, tuple)) or hasattr(value, "add") else value
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def metadata(proto: ModelProto) -> Mapping[str, str]:
+    """The model's metadata_props as a dict."""
+    return {entry.key: entry.value for entry in proto.metadata_props}

@@ -1,0 +1,184 @@
+"""The straight line: load, plan, calibrate, choose, insert, compare. Read this first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from onnx import ModelProto
+
+from .calibration import feeds, taps
+from .calibration.feeds import Data, Shapes, Split
+from .calibration.ranges import DEFAULT_METHOD, range_method
+from .calibration.statistics import Origin, Statistics
+from .calibration.taps import Progress
+from .comparison import Comparison, compare_models
+from .edges import Plan
+from .errors import ModelError
+from .insertion import insert_pairs
+from .model import INTEGER_OPS, QDQ_OPS, Model, Source, load
+from .rules.filters import Selection, vetoed
+from .rules.placement import DEFAULT, load_placement
+from .rules.planner import make_plan
+from .rules.predicates import PairPredicate, Predicate
+from .scales import Scales, choose_scales, tensors_to_calibrate
+
+VERSION = version("qdq-surgeon")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `quantize` returns. `comparison` is None where it was left out."""
+
+    model: ModelProto
+    plan: Plan
+    scales: Scales
+    comparison: Comparison | None = None
+
+    def __str__(self) -> str:
+        return "\n\n".join(str(part) for part in (next(self.plan.lines()), self.comparison) if part)
+
+
+def quantize(
+    model: Source,
+    data: Data | None = None,
+    *,
+    placement: str | Path = DEFAULT,
+    predicates: Mapping[str, Predicate | PairPredicate] | None = None,
+    include: Selection = (),
+    exclude: Selection = (),
+    op_types: Iterable[str] = (),
+    method: str = DEFAULT_METHOD,
+    samples: int | None = None,
+    shapes: Shapes | None = None,
+    compare: bool = True,
+    progress: Progress | None = None,
+) -> Result:
+    """The whole line: a float model in, the same model with Q/DQ pairs out, and the reasons and figures.
+
+    `model`: a path, a ModelProto, or anything with `.model_proto`; never changed. `data`: a path, a mapping of
+    arrays, or an iterable of mappings; without it the test_data_set_* folders beside the model, else synthetic
+    inputs (`result.scales.origin.synthetic`). At most `samples` samples calibrate. `shapes` gives the sizes of
+    synthetic inputs. `progress(stage, done, total)` may raise to stop the run.
+    Raises QdqError, or one of its kinds, for whatever does not fit.
+    """
+    source = load(model)
+    range_method(method)
+    the_plan = plan(
+        source, placement=placement, predicates=predicates, include=include, exclude=exclude, op_types=op_types
+    )
+    return apply(source, the_plan, data, method=method, samples=samples, shapes=shapes, compare=compare, progress=progress)
+
+
+def apply(
+    model: Source,
+    the_plan: Plan,
+    data: Data | None = None,
+    *,
+    method: str = DEFAULT_METHOD,
+    samples: int | None = None,
+    shapes: Shapes | None = None,
+    compare: bool = True,
+    progress: Progress | None = None,
+) -> Result:
+    """The line from a plan on: calibrate, choose, insert, compare. See `quantize`."""
+    source = load(model)
+    split = Split(_feeds(source, data, shapes), samples)
+    statistics = _collect(source, the_plan, split, progress)
+    scales = choose_scales(source, the_plan, statistics, method)
+    quantized = insert(source, the_plan, scales)
+    comparison = None
+    if compare:
+        comparison = compare_models(
+            source.original, quantized, split.evaluation, split.feeds.source, split.held_out, progress
+        )
+    return Result(quantized, the_plan, scales, comparison)
+
+
+def plan(
+    model: Source,
+    *,
+    placement: str | Path = DEFAULT,
+    predicates: Mapping[str, Predicate | PairPredicate] | None = None,
+    include: Selection = (),
+    exclude: Selection = (),
+    op_types: Iterable[str] = (),
+) -> Plan:
+    """Decide where pairs go, and why. Needs no data.
+
+    `placement` is a preset's name, a .toml file, or several separated by commas; `predicates` adds conditions of
+    your own by name. `include`, `exclude` and `op_types` are vetoes: names, globs, or (not op_types) a function of
+    the node. Raises PlacementError, FilterError, or ModelError for a model that is already quantized.
+    """
+    source = load(model)
+    _check_is_float(source)
+    rules = load_placement(placement, predicates)
+    return make_plan(source, rules, vetoed(source.graph, include, exclude, op_types))
+
+
+def calibrate(
+    model: Source,
+    the_plan: Plan,
+    data: Data | None = None,
+    *,
+    samples: int | None = None,
+    shapes: Shapes | None = None,
+    progress: Progress | None = None,
+) -> Statistics:
+    """Run the float model once over all data (at most `samples` samples); one statistic per tensor of the plan."""
+    source = load(model)
+    split = Split(_feeds(source, data, shapes), samples, hold_out=False)
+    return _collect(source, the_plan, split, progress)
+
+
+def choose(model: Source, the_plan: Plan, statistics: Statistics, method: str = DEFAULT_METHOD) -> Scales:
+    """Turn statistics into scales, by `max`, `mse`, `entropy` or `percentile[:P]`, without running the model."""
+    return choose_scales(load(model), the_plan, statistics, method)
+
+
+def insert(model: Source, the_plan: Plan, scales: Scales) -> ModelProto:
+    """A copy of the model with the planned pairs; the model as it was given where there are none."""
+    source = load(model)
+    if the_plan.sites:
+        return insert_pairs(source, the_plan, scales, VERSION)
+    copy = ModelProto()
+    copy.CopyFrom(source.original)
+    return copy
+
+
+def compare(
+    float_model: Source,
+    qdq_model: Source,
+    data: Data | None = None,
+    *,
+    shapes: Shapes | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Run both models on all of the data in onnxruntime and measure how far apart their outputs are."""
+    left, right = load(float_model), load(qdq_model)
+    source = _feeds(left, data, shapes)
+    return compare_models(left.original, right.original, source.batches, source.source, True, progress)
+
+
+def _feeds(source: Model, data: Data | None, shapes: Shapes | None) -> feeds.Feeds:
+    if data is not None:
+        return feeds.read_data(data, source)
+    return feeds.default_data(source, shapes, lambda feed: taps.Session(source.original).runs(feed))
+
+
+def _collect(source: Model, the_plan: Plan, split: Split, progress: Progress | None) -> Statistics:
+    tensors = taps.collect(source, tensors_to_calibrate(the_plan), split, split.feeds.total, progress)
+    origin = Origin(split.feeds.source, split.digest, split.samples, split.feeds.synthetic)
+    return Statistics(tensors, source.digest, origin)
+
+
+def _check_is_float(source: Model) -> None:
+    counts = {op: 0 for op in sorted(QDQ_OPS | INTEGER_OPS)}
+    for node in source.proto.graph.node:
+        if node.op_type in counts:
+            counts[node.op_type] += 1
+    found = ", ".join(f"{number} {op}" for op, number in counts.items() if number)
+    if found:
+        raise ModelError(f"the model is already quantized ({found}): give the float model")

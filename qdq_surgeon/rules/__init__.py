@@ -1,0 +1,1 @@
+"""Pattern text -> Pattern, placement files -> rules, rules x graph -> Plan. Pure: no runtime, no data."""

@@ -1,0 +1,52 @@
+"""Ops that only move or select data: Q and DQ pass through them unchanged.
+
+Source: NVIDIA TensorRT documentation, "Explicit Quantization": a layer commutes with quantization when
+quantizing its input or its output gives the same; max pooling and data movement do.
+"""
+
+from __future__ import annotations
+
+from ..model import Graph, Node
+
+MOVES = frozenset(
+    {
+        "DepthToSpace",
+        "Dropout",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "GlobalMaxPool",
+        "Identity",
+        "MaxPool",
+        "Reshape",
+        "Slice",
+        "SpaceToDepth",
+        "Split",
+        "Squeeze",
+        "Tile",
+        "Transpose",
+        "Unsqueeze",
+    }
+)
+"""Each moves the tensor in slot 0; its other inputs are integers."""
+
+
+def commutes(node: Node, graph: Graph) -> bool:
+    """True where every value of the node's float outputs is a value of its input 0 (or zero, for Pad)."""
+    if node.op == "Pad":
+        return node.attribute("mode") != "constant" or _pads_with_zero(node, graph)
+    if node.op == "Resize":
+        return node.attribute("mode") == "nearest"
+    return node.op in MOVES
+
+
+def moved_from(tensor: str, graph: Graph) -> str | None:
+    """The tensor whose values `tensor` holds, one commuting op upstream, or None."""
+    node = graph.producer(tensor)
+    return node.inputs[0] if node and commutes(node, graph) and graph.is_float(node.inputs[0]) else None
+
+
+def _pads_with_zero(node: Node, graph: Graph) -> bool:
+    if len(node.inputs) < 3 or not node.inputs[2]:
+        return True
+    return graph.is_constant(node.inputs[2]) and not graph.value(node.inputs[2]).any()

@@ -1,0 +1,255 @@
+"""Rules x graph -> Plan. Pure: no data, no runtime, and the same answer for any stored order of the nodes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from ..edges import GRAPH_OUTPUT, Edge, Kept, Miss, Plan, Read, Share, Site
+from ..model import DATA_FREE_OPS, MIN_OPSET, Graph, Model, Node
+from .commuting import moved_from
+from .patterns import Bound, Match, match_input, match_node, root_ops
+from .placement import Condition, Placement, Rule, Selector
+from .predicates import Subject, sentence
+
+FILTER_RULE = "filter"
+OUTPUT_RULE = "graph-output"
+BUILT_IN = {
+    FILTER_RULE: "Your filter keeps this node in float.",
+    OUTPUT_RULE: "A graph's own outputs keep their type.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Decision:
+    """What was decided about one edge."""
+
+    rule: str
+    quantized: bool
+    axis: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Missed:
+    rule: Rule
+    node: Node
+    reason: str
+    wanted: tuple[Edge, ...]
+
+
+def make_plan(model: Model, placement: Placement, out: frozenset[str] = frozenset()) -> Plan:
+    """Apply the rules to a model; `out` are the first outputs of the nodes that the user's filters keep float.
+
+    Nodes are visited consumers first; within a node, rules in file order; the first rule that speaks of an edge
+    decides it. Rules with a condition on other readers' decisions are tried after all others.
+    """
+    planner = _Planner(model.graph, out)
+    for late in (False, True):
+        rules = _Index(rule for rule in placement.rules if rule.late is late)
+        for node in reversed(model.graph.nodes):
+            for rule in rules.of(node.op):
+                planner.visit(rule, node, match_node(rule.pattern, node, model.graph, rule.any_order))
+        for tensor in model.graph.inputs:
+            for rule in rules.anywhere:
+                planner.visit(rule, None, match_input(rule.pattern, tensor, model.graph))
+    return planner.plan(model, placement)
+
+
+class _Index:
+    """Rules by the op at their top, in file order."""
+
+    def __init__(self, rules: Iterable[Rule]) -> None:
+        self.anywhere = list(rules)
+        self._roots = [(rule, root_ops(rule.pattern)) for rule in self.anywhere]
+        self._by_op: dict[str, list[Rule]] = {}
+
+    def of(self, op: str) -> list[Rule]:
+        if op not in self._by_op:
+            self._by_op[op] = [rule for rule, ops in self._roots if ops is None or op in ops]
+        return self._by_op[op]
+
+
+class _Planner:
+    """The decisions so far. It is the View that predicates read."""
+
+    def __init__(self, graph: Graph, out: frozenset[str]) -> None:
+        self.graph = graph
+        self._out = out
+        self._decided: dict[Edge, _Decision] = {}
+        self._ranges: dict[str, tuple[float, float]] = {}
+        self._shares: list[Share] = []
+        self._missed: list[_Missed] = []
+
+    def is_quantized(self, edge: Edge) -> bool:
+        decision = self._decided.get(edge)
+        return decision is not None and decision.quantized
+
+    def visit(self, rule: Rule, node: Node | None, matches: Iterator[Match]) -> None:
+        """Apply the first match whose conditions hold; where none does, remember the one that came closest."""
+        closest: tuple[int, str, tuple[Edge, ...]] = (-1, "", ())  # conditions held, reason, wanted edges
+        for match in matches:
+            held, reason = self._check(rule, match)
+            if not reason:
+                self._apply(rule, node, match)
+                return
+            if held > closest[0]:
+                closest = (held, reason, self._edges(rule.quantize, match))
+        if node is not None and closest[1]:
+            self._missed.append(_Missed(rule, node, closest[1], closest[2]))
+
+    def _check(self, rule: Rule, match: Match) -> tuple[int, str]:
+        for held, condition in enumerate(rule.where):
+            for subjects in self._subjects(condition, match):
+                if condition.holds(self, *subjects) is condition.negated:
+                    return held, _failed(condition, subjects)
+        return len(rule.where), ""
+
+    def _subjects(self, condition: Condition, match: Match) -> Iterator[tuple[Subject, ...]]:
+        """One tuple for each combination of the tensors that the condition's names stand for."""
+        tensors = (_bound(match, name).tensors for name in condition.names)
+        for combination in itertools.product(*tensors):
+            yield tuple(Subject(tensor, self.graph.producer(tensor)) for tensor in combination)
+
+    def _apply(self, rule: Rule, node: Node | None, match: Match) -> None:
+        for edge in self._edges(rule.keep_float, match):
+            self._decided.setdefault(edge, _Decision(rule.name, quantized=False))
+        wanted = self._edges(rule.quantize, match)
+        axes = {edge: axis for name, axis in rule.axis.items() for edge in _bound(match, name).edges}
+        reason = self._refused(rule, match, wanted, axes)
+        if reason:
+            if node is not None:
+                self._missed.append(_Missed(rule, node, reason, wanted))
+            return
+        if node is not None and self._vetoed(node, wanted):
+            for edge in wanted:
+                self._decided.setdefault(edge, _Decision(FILTER_RULE, quantized=False))
+            return
+        for edge in wanted:
+            self._decided.setdefault(edge, _Decision(rule.name, quantized=True, axis=self._axis(edge, axes)))
+        for name, bounds in rule.range.items():
+            for tensor in _bound(match, name).tensors:
+                self._ranges.setdefault(tensor, bounds)
+        if rule.share:
+            tensors = tuple(dict.fromkeys(t for s in rule.share for t in _bound(match, s.name).tensors))
+            own = tuple(e for e in self._edges(rule.share, match) if self._decided[e].rule == rule.name)
+            self._shares.append(Share(rule.name, tensors, own, rule.share_within))
+
+    def _vetoed(self, node: Node, wanted: tuple[Edge, ...]) -> bool:
+        return node.first_output in self._out or any(edge.reader in self._out for edge in wanted)
+
+    def _refused(self, rule: Rule, match: Match, wanted: tuple[Edge, ...], axes: Mapping[Edge, int]) -> str:
+        """Why an atomic match cannot be applied, or ''."""
+        for edge in wanted:
+            tensor = self._tensor(edge)
+            if not self.graph.is_float(tensor):
+                return f"'{tensor}' is not an FP32, FP16 or BF16 tensor"
+            if edge not in axes:
+                continue
+            if not self.graph.is_constant(tensor):
+                return f"'{tensor}' is not constant, so it cannot have a scale per channel"
+            if not -self._rank(tensor) <= axes[edge] < self._rank(tensor):
+                return f"'{tensor}' has no axis {axes[edge]}"
+        for edge in (*wanted, *self._edges(rule.share, match)):
+            earlier = self._decided.get(edge)
+            if earlier is None or (earlier.quantized and (edge not in wanted or earlier.axis == self._axis(edge, axes))):
+                continue
+            what = "quantized along another axis" if earlier.quantized else "kept float"
+            return f"'{self._tensor(edge)}' into {edge} is already {what} by {earlier.rule}"
+        return ""
+
+    def _edges(self, selectors: tuple[Selector, ...], match: Match) -> tuple[Edge, ...]:
+        edges: dict[Edge, None] = {}
+        for selector in selectors:
+            bound = _bound(match, selector.name)
+            if not selector.outputs:
+                edges.update(dict.fromkeys(bound.edges))
+                continue
+            for tensor in bound.tensors:
+                edges.update(dict.fromkeys(edge for edge in self.graph.readers(tensor) if self._can_read_pair(edge)))
+        return tuple(edges)
+
+    def _can_read_pair(self, edge: Edge) -> bool:
+        return edge.slot != GRAPH_OUTPUT and not edge.scope and edge.op not in DATA_FREE_OPS
+
+    def _axis(self, edge: Edge, axes: Mapping[Edge, int]) -> int | None:
+        """The channel axis of an edge's weight, counted from 0; None for per tensor (always so below opset 13)."""
+        if edge not in axes or self.graph.opset < MIN_OPSET:
+            return None
+        return axes[edge] % self._rank(self._tensor(edge))
+
+    def _rank(self, tensor: str) -> int:
+        shape = self.graph.shape(tensor)
+        return len(shape) if shape is not None else self.graph.value(tensor).ndim
+
+    def _tensor(self, edge: Edge) -> str:
+        node = self.graph.reading_node(edge)
+        return node.inputs[edge.slot] if node else edge.reader
+
+    def plan(self, model: Model, placement: Placement) -> Plan:
+        reads: dict[tuple[str, int | None], list[Read]] = {}
+        kept: list[Kept] = []
+        for node in self.graph.nodes:
+            for slot, tensor in enumerate(node.inputs):
+                edge = Edge(node.scope, node.first_output, slot, node.op, node.name)
+                decision = self._decided.get(edge)
+                if decision is None:
+                    continue
+                if decision.quantized:
+                    reads.setdefault((tensor, decision.axis), []).append(Read(edge, decision.rule))
+                elif self.graph.is_float(tensor):
+                    kept.append(Kept(tensor, edge, decision.rule))
+        outputs = [name for name in self.graph.outputs if self.graph.is_float(name)]
+        kept += [Kept(name, Edge((), name, GRAPH_OUTPUT), OUTPUT_RULE) for name in outputs]
+        pairs = {tensor for tensor, _ in reads} | {tensor for share in self._shares for tensor in share.tensors}
+        sites = tuple(
+            Site(
+                tensor,
+                tuple(decided),
+                weight=self.graph.is_constant(tensor),
+                axis=axis,
+                source=self._source(tensor, pairs),
+                range=self._ranges.get(tensor),
+            )
+            for (tensor, axis), decided in reads.items()
+        )
+        misses = tuple(self._misses())
+        used = {read.rule for site in sites for read in site.reads} | {item.rule for item in kept}
+        used |= {share.rule for share in self._shares} | {miss.rule for miss in misses}
+        texts = {rule.name: rule.because for rule in placement.rules} | BUILT_IN
+        because = {name: text for name, text in texts.items() if name in used}
+        return Plan(
+            placement.name,
+            placement.digest,
+            model.digest,
+            because,
+            sites,
+            tuple(kept),
+            tuple(reversed(self._shares)),
+            misses,
+        )
+
+    def _source(self, tensor: str, pairs: set[str]) -> str | None:
+        if self.graph.is_constant(tensor):
+            return None
+        source = moved_from(tensor, self.graph)
+        while source is not None and source not in pairs:
+            source = moved_from(source, self.graph)
+        return source
+
+    def _misses(self) -> Iterator[Miss]:
+        """In the order of the nodes, each with the one edge of its node that a report can point to."""
+        for missed in sorted(self._missed, key=lambda missed: self.graph.position(missed.node.first_output)):
+            near = any(edge not in self._decided for edge in missed.wanted)
+            edge = Edge(missed.node.scope, missed.node.first_output, 0, missed.node.op, missed.node.name)
+            yield Miss(missed.rule.name, edge, missed.reason, near)
+
+
+def _bound(match: Match, name: str) -> Bound:
+    return match.get(name, Bound(()))
+
+
+def _failed(condition: Condition, subjects: tuple[Subject, ...]) -> str:
+    who = [f"{name} '{subject.tensor}'" for name, subject in zip(condition.names, subjects, strict=True)]
+    verb = "is" if condition.negated else "is not"
+    return f"{' '.join([who[0], verb, condition.predicate, *who[1:]])} ({sentence(condition.holds)})"

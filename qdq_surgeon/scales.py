@@ -1,0 +1,171 @@
+"""Plan + statistics -> scales. Pure NumPy.
+
+An activation's scale comes from its statistic and a range method; a weight's from its values. Tensors between which
+only data moves, and tensors that a rule lets share, get one scale from their statistics together.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from .calibration.ranges import DEFAULT_METHOD, LEVELS, RangeMethod, range_method
+from .calibration.statistics import Origin, Statistic, Statistics
+from .edges import Edge, Plan, Site
+from .errors import DataError, ModelError, PlanError
+from .model import HALF_TYPES, Graph, Model
+
+SMALLEST_NORMAL = {TensorProto.FLOAT: 2.0**-126, TensorProto.BFLOAT16: 2.0**-126, TensorProto.FLOAT16: 2.0**-14}
+"""Scales stay above these: TensorRT flushes or rejects what lies below."""
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The scale of every site, by (tensor, axis): shape () or (channels,), in the tensor's own float type.
+
+    `dropped` holds the edges that go back to float because their tensors cannot share a scale, with the reason.
+    """
+
+    method: str
+    origin: Origin
+    model_digest: str
+    values: Mapping[tuple[str, int | None], NDArray[Any]]
+    dropped: Mapping[Edge, str] = field(default_factory=dict)
+
+    def of(self, site: Site) -> NDArray[Any]:
+        return self.values[site.tensor, site.axis]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.values)} scales by {self.method} from {self.origin.samples} samples of {self.origin.data}"]
+        for (tensor, axis), scale in self.values.items():
+            channels = f" for {scale.size} channels" if axis is not None else ""
+            lines.append(f"  {tensor}: {float(scale.min()):.6g}{channels}")
+        return "\n".join(lines)
+
+
+def tensors_to_calibrate(plan: Plan) -> tuple[str, ...]:
+    """The activations whose statistics `choose_scales` needs: one for each run of data movement."""
+    bases = _Chains(plan).bases
+    return tuple(dict.fromkeys(bases[site.tensor] for site in plan.sites if not site.weight))
+
+
+def choose_scales(model: Model, plan: Plan, statistics: Statistics, method: str = DEFAULT_METHOD) -> Scales:
+    """Choose a scale for every site of the plan.
+
+    Raises PlanError where the statistics are of another model or lack a tensor, DataError where a tensor never held
+    a finite value, ModelError where a weight holds NaN or infinity.
+    """
+    if statistics.model_digest != model.digest:
+        raise PlanError("the statistics belong to another model: calibrate this one")
+    threshold = range_method(method)
+    groups = _Groups(plan, statistics, threshold)
+    dropped = dict(groups.drop_what_cannot_share())
+    amax: dict[str, float] = groups.thresholds()
+    values: dict[tuple[str, int | None], NDArray[Any]] = {}
+    for site in plan.sites:
+        limits = _weight_amax(model.graph, site) if site.weight else np.asarray(amax[site.tensor])
+        values[site.tensor, site.axis] = to_scale(limits, model.graph.element_type(site.tensor) or TensorProto.FLOAT)
+    return Scales(method, statistics.origin, model.digest, values, dropped)
+
+
+def to_scale(amax: NDArray[Any], element_type: int) -> NDArray[Any]:
+    """amax / 127 in the float type of the data: rounded up in half precision, normal, and 1 where amax is 0."""
+    exact = np.where(amax > 0, np.maximum(amax / LEVELS, SMALLEST_NORMAL[element_type]), 1.0)
+    scale = np.asarray(exact.astype(helper.tensor_dtype_to_np_dtype(element_type)))
+    if element_type not in HALF_TYPES:
+        return scale
+    below = scale.astype(np.float64) < exact
+    return np.asarray((scale.view(np.uint16) + below.astype(np.uint16)).view(scale.dtype))
+
+
+class _Chains:
+    """Which tensors hold the same values: each site follows its source, up to a tensor without one."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._sources = {site.tensor: site.source for site in plan.sites if not site.weight}
+        self.tops: dict[str, str] = {}
+        self.bases: dict[str, str] = {}
+        for tensor in self._sources:
+            chain = list(self._chain(tensor))
+            self.tops[tensor] = chain[-1]
+            self.bases[tensor] = next(name for name in reversed(chain) if name in self._sources)
+
+    def _chain(self, tensor: str) -> Iterator[str]:
+        name: str | None = tensor
+        while name is not None:
+            yield name
+            name = self._sources.get(name)
+
+
+class _Groups:
+    """Union-find over the tops of the chains; each group will have one scale."""
+
+    def __init__(self, plan: Plan, statistics: Statistics, threshold: RangeMethod) -> None:
+        self._plan = plan
+        self._threshold = threshold
+        self._chains = _Chains(plan)
+        self._parents: dict[str, str] = {}
+        self._statistics: dict[str, list[Statistic]] = defaultdict(list)
+        self._ranges: dict[str, float] = {}
+        self._known = {site.tensor: site.range for site in plan.sites if site.range}
+        for base in tensors_to_calibrate(plan):
+            statistic = statistics.tensors.get(base)
+            if statistic is None:
+                raise PlanError(f"the statistics lack the tensor '{base}': calibrate with this plan")
+            if not statistic.count:
+                raise DataError(f"'{base}' never held a finite number during calibration: check data and model")
+            self._statistics[self._chains.tops[base]].append(statistic)
+            self._ranges[base] = self._range(base, statistic)
+
+    def drop_what_cannot_share(self) -> Iterator[tuple[Edge, str]]:
+        """Join what may share, in the order of the plan; yield the edges of what is too far apart."""
+        for share in self._plan.shares:
+            tops = {self._find(self._chains.tops.get(tensor, tensor)) for tensor in share.tensors}
+            ranges = [r for base, r in self._ranges.items() if r > 0 and self._find(self._chains.tops[base]) in tops]
+            factor = max(ranges) / min(ranges) if ranges else 1.0
+            if share.limit is not None and factor > share.limit:
+                reason = f"the ranges to share differ by a factor of {factor:.3g}, more than {share.limit:g}"
+                yield from ((edge, reason) for edge in share.edges)
+                continue
+            first, *others = sorted(tops)
+            self._parents.update(dict.fromkeys(others, first))
+
+    def thresholds(self) -> dict[str, float]:
+        """The threshold of every activation site."""
+        members: dict[str, list[Statistic]] = defaultdict(list)
+        known: dict[str, float] = {}
+        for top, statistics in self._statistics.items():
+            members[self._find(top)] += statistics
+        for tensor, bounds in self._known.items():
+            root = self._find(self._chains.tops[tensor])
+            known[root] = max(known.get(root, 0.0), *map(abs, bounds))
+        chosen = {root: known[root] if root in known else self._merged(found) for root, found in members.items()}
+        return {tensor: chosen[self._find(top)] for tensor, top in self._chains.tops.items()}
+
+    def _range(self, tensor: str, statistic: Statistic) -> float:
+        bounds = self._known.get(tensor)
+        return max(map(abs, bounds)) if bounds else self._threshold(statistic)
+
+    def _merged(self, statistics: Iterable[Statistic]) -> float:
+        return self._threshold(reduce(or_, statistics))
+
+    def _find(self, tensor: str) -> str:
+        while tensor in self._parents:
+            tensor = self._parents[tensor]
+        return tensor
+
+
+def _weight_amax(graph: Graph, site: Site) -> NDArray[Any]:
+    value = np.abs(graph.value(site.tensor).astype(np.float32))
+    if not np.isfinite(value).all():
+        raise ModelError(f"the weight '{site.tensor}' holds NaN or infinity: the model is broken")
+    axes = tuple(axis for axis in range(value.ndim) if axis != site.axis)
+    return np.asarray(value.max(axis=axes if site.axis is not None else None, initial=0), np.float64)

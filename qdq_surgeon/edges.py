@@ -187,11 +187,14 @@ class Plan:
         """Read what `to_json` wrote. Raises PlanError where the text is not a plan of this format."""
         try:
             raw = json.loads(text)
+            raw.pop("comparison", None)
             if raw.pop("format") != PLAN_FORMAT:
                 raise PlanError(f"the plan has another format than {PLAN_FORMAT}: make it again with --plan --json")
             return _plan(raw)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise PlanError(f"not a saved plan ({type(error).__name__}: {error}): make one with --plan --json") from None
+            raise PlanError(
+                f"not a saved plan ({type(error).__name__}: {error}): make one with --plan --json"
+            ) from None
 
 
 def count(number: int, noun: str, plural: str = "") -> str:

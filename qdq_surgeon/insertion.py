@@ -55,7 +55,9 @@ def _fragment(
     model: Model, sites: list[Site], scales: Scales, names: _Names, outputs: Mapping[Site, str]
 ) -> GraphProto:
     """All pairs as one graph: two nodes a site, in the order of `sites`, their constants as initializers."""
-    nodes, read, written = [], {}, []
+    nodes: list[gs.Node] = []
+    read: dict[str, gs.Variable] = {}
+    written: list[gs.Variable] = []
     for site in sites:
         scale = scales.of(site)
         tensor = read.setdefault(site.tensor, gs.Variable(site.tensor, dtype=scale.dtype))
@@ -74,7 +76,7 @@ def _fragment(
             nodes.append(gs.Node(op, name, attributes, [source, *constants], [result]))
         written.append(dequantized)
     graph = gs.Graph(nodes, inputs=list(read.values()), outputs=written, opset=model.opset)
-    fragment = gs.export_onnx(graph).graph
+    fragment: GraphProto = gs.export_onnx(graph).graph
     for site, *pair in zip(sites, fragment.node[::2], fragment.node[1::2], strict=True):
         rules = ", ".join(dict.fromkeys(read.rule for read in site.reads))
         for node in pair:

@@ -209,16 +209,18 @@ class Graph:
         pending = [tensor]
         while pending:
             name = pending.pop()
+            node = self._producers.get(name)
             if name in self._initializers:
                 leaves[name] = self._initializers[name]
-            elif name and name not in chain:
-                node = chain[name] = self._producers[name]
+            elif node is not None and node.first_output not in chain:
+                chain[node.first_output] = node
                 pending.extend(node.inputs)
-        protos = [node.proto for node in self.nodes if node.first_output in chain]
+        protos = [chain[name].proto for name in sorted(chain, key=self._positions.__getitem__)]
         output = helper.make_tensor_value_info(tensor, self._types.get(tensor, TensorProto.FLOAT), None)
         graph = helper.make_graph(protos, "fold", [], [output], initializer=list(leaves.values()))
         try:
-            folded = ReferenceEvaluator(helper.make_model(graph, opset_imports=self.proto.opset_import)).run(None, {})
+            model = helper.make_model(graph, opset_imports=self.proto.opset_import)
+            folded: Any = ReferenceEvaluator(model).run(None, {})
         except Exception as error:
             raise ModelError(f"the constant '{tensor}' cannot be computed ({_one_line(error)})") from error
         return np.asarray(folded[0])
@@ -273,8 +275,9 @@ class Graph:
             if variables is None:
                 continue
             tensors = (*node.inputs, *node.outputs)
-            known = {v: self._types[t] for v, t in zip(variables, tensors, strict=True) if v and t in self._types}
-            for variable, tensor in zip(variables, tensors, strict=True):
+            pairs = list(zip(variables, tensors, strict=True))
+            known = {variable: self._types[name] for variable, name in pairs if variable and name in self._types}
+            for variable, tensor in pairs:
                 if tensor and variable in known:
                     self._types.setdefault(tensor, known[variable])
 
@@ -347,9 +350,7 @@ def tensor_type(value: onnx.ValueInfoProto) -> tuple[int | None, tuple[int | str
     declared = value.type.tensor_type
     if not declared.HasField("shape"):
         return declared.elem_type, None
-    dims = tuple(
-        dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or None) for dim in declared.shape.dim
-    )
+    dims = tuple(dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or None) for dim in declared.shape.dim)
     return declared.elem_type, dims
 
 
@@ -475,8 +476,7 @@ def _captured_edges(node: NodeProto, scope: tuple[str, ...]) -> Iterator[tuple[s
         for child in body.node:
             first = next(filter(None, child.output), "")
             reads = [
-                (tensor, Edge(inner, first, slot, child.op_type, child.name))
-                for slot, tensor in enumerate(child.input)
+                (tensor, Edge(inner, first, slot, child.op_type, child.name)) for slot, tensor in enumerate(child.input)
             ]
             reads += _captured_edges(child, inner)
             yield from (read for read in reads if read[0] and read[0] not in local)

@@ -69,7 +69,9 @@ def quantize(
     the_plan = plan(
         source, placement=placement, predicates=predicates, include=include, exclude=exclude, op_types=op_types
     )
-    return apply(source, the_plan, data, method=method, samples=samples, shapes=shapes, compare=compare, progress=progress)
+    return apply(
+        source, the_plan, data, method=method, samples=samples, shapes=shapes, compare=compare, progress=progress
+    )
 
 
 def apply(
@@ -175,7 +177,7 @@ def _collect(source: Model, the_plan: Plan, split: Split, progress: Progress | N
 
 
 def _check_is_float(source: Model) -> None:
-    counts = {op: 0 for op in sorted(QDQ_OPS | INTEGER_OPS)}
+    counts = dict.fromkeys(sorted(QDQ_OPS | INTEGER_OPS), 0)
     for node in source.proto.graph.node:
         if node.op_type in counts:
             counts[node.op_type] += 1

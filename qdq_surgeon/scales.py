@@ -23,7 +23,11 @@ from .edges import Edge, Plan, Site
 from .errors import DataError, ModelError, PlanError
 from .model import HALF_TYPES, Graph, Model
 
-SMALLEST_NORMAL = {TensorProto.FLOAT: 2.0**-126, TensorProto.BFLOAT16: 2.0**-126, TensorProto.FLOAT16: 2.0**-14}
+SMALLEST_NORMAL: dict[int, float] = {
+    TensorProto.FLOAT: 2.0**-126,
+    TensorProto.BFLOAT16: 2.0**-126,
+    TensorProto.FLOAT16: 2.0**-14,
+}
 """Scales stay above these: TensorRT flushes or rejects what lies below."""
 
 
@@ -114,53 +118,58 @@ class _Groups:
         self._chains = _Chains(plan)
         self._parents: dict[str, str] = {}
         self._statistics: dict[str, list[Statistic]] = defaultdict(list)
-        self._ranges: dict[str, float] = {}
-        self._known = {site.tensor: site.range for site in plan.sites if site.range}
+        self._spans: dict[str, tuple[float, float]] = {}
+        self._known = {site.tensor: max(map(abs, site.range)) for site in plan.sites if site.range}
         for base in tensors_to_calibrate(plan):
             statistic = statistics.tensors.get(base)
             if statistic is None:
                 raise PlanError(f"the statistics lack the tensor '{base}': calibrate with this plan")
             if not statistic.count:
                 raise DataError(f"'{base}' never held a finite number during calibration: check data and model")
-            self._statistics[self._chains.tops[base]].append(statistic)
-            self._ranges[base] = self._range(base, statistic)
+            top = self._chains.tops[base]
+            self._statistics[top].append(statistic)
+            reach = self._known.get(base) or threshold(statistic)
+            if reach > 0:
+                self._spans[top] = _span([self._spans.get(top, (reach, reach)), (reach, reach)])
 
     def drop_what_cannot_share(self) -> Iterator[tuple[Edge, str]]:
         """Join what may share, in the order of the plan; yield the edges of what is too far apart."""
         for share in self._plan.shares:
-            tops = {self._find(self._chains.tops.get(tensor, tensor)) for tensor in share.tensors}
-            ranges = [r for base, r in self._ranges.items() if r > 0 and self._find(self._chains.tops[base]) in tops]
-            factor = max(ranges) / min(ranges) if ranges else 1.0
-            if share.limit is not None and factor > share.limit:
-                reason = f"the ranges to share differ by a factor of {factor:.3g}, more than {share.limit:g}"
+            tops = sorted({self._find(self._chains.tops.get(tensor, tensor)) for tensor in share.tensors})
+            spans = [self._spans[top] for top in tops if top in self._spans]
+            low, high = _span(spans) if spans else (1.0, 1.0)
+            if share.limit is not None and high > low * share.limit:
+                reason = f"the ranges to share differ by a factor of {high / low:.3g}, more than {share.limit:g}"
                 yield from ((edge, reason) for edge in share.edges)
                 continue
-            first, *others = sorted(tops)
-            self._parents.update(dict.fromkeys(others, first))
+            self._parents.update(dict.fromkeys(tops[1:], tops[0]))
+            if spans:
+                self._spans[tops[0]] = (low, high)
 
     def thresholds(self) -> dict[str, float]:
-        """The threshold of every activation site."""
+        """Every activation site's threshold: the known range of its group, else that of its statistics together."""
         members: dict[str, list[Statistic]] = defaultdict(list)
         known: dict[str, float] = {}
         for top, statistics in self._statistics.items():
             members[self._find(top)] += statistics
-        for tensor, bounds in self._known.items():
+        for tensor, reach in self._known.items():
             root = self._find(self._chains.tops[tensor])
-            known[root] = max(known.get(root, 0.0), *map(abs, bounds))
-        chosen = {root: known[root] if root in known else self._merged(found) for root, found in members.items()}
+            known[root] = max(known.get(root, 0.0), reach)
+        chosen = {root: known.get(root) or self._threshold(reduce(or_, found)) for root, found in members.items()}
         return {tensor: chosen[self._find(top)] for tensor, top in self._chains.tops.items()}
 
-    def _range(self, tensor: str, statistic: Statistic) -> float:
-        bounds = self._known.get(tensor)
-        return max(map(abs, bounds)) if bounds else self._threshold(statistic)
-
-    def _merged(self, statistics: Iterable[Statistic]) -> float:
-        return self._threshold(reduce(or_, statistics))
-
     def _find(self, tensor: str) -> str:
-        while tensor in self._parents:
-            tensor = self._parents[tensor]
-        return tensor
+        root = tensor
+        while root in self._parents:
+            root = self._parents[root]
+        while tensor != root:
+            self._parents[tensor], tensor = root, self._parents[tensor]
+        return root
+
+
+def _span(spans: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    lows, highs = zip(*spans, strict=True)
+    return min(lows), max(highs)
 
 
 def _weight_amax(graph: Graph, site: Site) -> NDArray[Any]:

@@ -29,7 +29,7 @@ Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 DYNAMIC_BATCH = 8
 """How many samples are fed at once where the model leaves the batch open."""
 SYNTHETIC_SAMPLES = 16
-SYNTHETIC_SIZES = (224, 64, 16, 1)
+SYNTHETIC_SIZES = (224, 512, 64, 16, 1)
 """What unknown dimensions are tried with, in order, when inputs are made up."""
 HELD_OUT_EVERY = 4
 """One batch in four is kept for the comparison, when there is enough data."""
@@ -165,7 +165,7 @@ def read_data(data: Data, model: Model) -> Feeds:
     if hasattr(data, "__array__") or hasattr(data, "__dlpack__"):
         return _from_arrays({_only(inputs, "an array").name: data}, inputs, "the array given")
     if isinstance(data, Iterable):
-        return Feeds(_from_iterable(data, inputs), "the batches given", len(data) if hasattr(data, "__len__") else None)
+        return Feeds(_from_iterable(data, inputs), "the batches given")
     raise DataError(f"data is a path, a mapping of arrays or an iterable of mappings; this is a {type(data).__name__}")
 
 
@@ -208,9 +208,7 @@ def _from_folder(folder: Path, inputs: tuple[Input, ...]) -> Feeds:
     files = sorted(path for path in folder.iterdir() if path.suffix in (".npz", ".npy"))
     if not files:
         raise DataError(f"{folder} holds no .npz, no .npy and no test_data_set_* folder")
-    batches = (
-        batch for path in files for batch in _from_arrays(_read_arrays(path, inputs), inputs, str(path)).batches
-    )
+    batches = (batch for path in files for batch in _from_arrays(_read_arrays(path, inputs), inputs, str(path)).batches)
     return Feeds(batches, str(folder))
 
 
@@ -225,7 +223,9 @@ def _read_test_set(folder: Path, inputs: tuple[Input, ...]) -> Batch:
         path = folder / f"input_{index}.pb"
         try:
             tensor = onnx.load_tensor(str(path))
-            feed[tensor.name if tensor.name in {i.name for i in inputs} else declared.name] = numpy_helper.to_array(tensor)
+            feed[tensor.name if tensor.name in {i.name for i in inputs} else declared.name] = numpy_helper.to_array(
+                tensor
+            )
         except Exception as error:
             raise DataError(f"{path} is not a saved ONNX tensor ({type(error).__name__})") from error
     return _batch(feed, inputs, str(folder))
@@ -248,14 +248,18 @@ def _read_arrays(path: Path, inputs: tuple[Input, ...]) -> dict[str, NDArray[Any
 def _only(inputs: tuple[Input, ...], source: str) -> Input:
     if len(inputs) != 1:
         names = ", ".join(declared.name for declared in inputs)
-        raise DataError(f"{source} is one array, but the model has {len(inputs)} inputs ({names}): give an .npz with these names")
+        raise DataError(
+            f"{source} is one array, but the model has {len(inputs)} inputs ({names}): give an .npz with these names"
+        )
     return inputs[0]
 
 
 def _from_arrays(arrays: Mapping[str, Any], inputs: tuple[Input, ...], source: str) -> Feeds:
     """Cut arrays with the samples along axis 0 into batches. One input's single batch serves every batch."""
     _check_names(arrays, inputs, source)
-    cuts = {declared.name: _cuts(_array(arrays[declared.name], declared, source), declared, source) for declared in inputs}
+    cuts = {
+        declared.name: _cuts(_array(arrays[declared.name], declared, source), declared, source) for declared in inputs
+    }
     counts = {name: len(pieces) for name, pieces in cuts.items() if len(pieces) != 1}
     if len(set(counts.values())) > 1:
         sizes = ", ".join(f"{name} {_rows(np.asarray(arrays[name]))}" for name in counts)
@@ -292,7 +296,12 @@ def _cuts(array: NDArray[Any], declared: Input, source: str) -> list[Callable[[]
     if not whole:
         raise DataError(f"{source}: '{declared.name}' has {len(array)} samples, but the model's batch is {size}")
     if whole < len(array):
-        log.warning("%s: the last %d samples do not fill the model's batch of %d and are left out", source, len(array) - whole, size)
+        log.warning(
+            "%s: the last %d samples do not fill the model's batch of %d and are left out",
+            source,
+            len(array) - whole,
+            size,
+        )
     return [lambda i=i: array[i : min(i + size, whole)] for i in range(0, whole, size)]  # type: ignore[misc]
 
 
@@ -322,7 +331,9 @@ def _checked(array: NDArray[Any], declared: Input, source: str) -> NDArray[Any]:
         raise DataError(f"{where} holds {array.dtype}, but the model wants {declared.dtype}: convert it")
     fits = declared.shape is None or (
         array.ndim == len(declared.shape)
-        and all(not isinstance(want, int) or want == have for want, have in zip(declared.shape, array.shape, strict=True))
+        and all(
+            not isinstance(want, int) or want == have for want, have in zip(declared.shape, array.shape, strict=True)
+        )
     )
     if not fits:
         raise DataError(f"{where} has shape {list(array.shape)}, but the model wants {_shape_text(declared)}")
@@ -337,8 +348,8 @@ def _check_names(given: Mapping[str, Any], inputs: tuple[Input, ...], source: st
     extra = [str(name) for name in given if name not in wanted]
     if missing:
         raise DataError(
-            f"{source} has no '{missing[0]}'.{nearest(missing[0], extra)} It has {', '.join(map(str, given)) or 'nothing'}; "
-            f"the model's inputs are {', '.join(wanted)}"
+            f"{source} has no '{missing[0]}'.{nearest(missing[0], extra)} "
+            f"It has {', '.join(map(str, given)) or 'nothing'}; the model's inputs are {', '.join(wanted)}"
         )
     if extra:
         log.debug("%s: not inputs of the model, left out: %s", source, ", ".join(extra))
@@ -369,7 +380,9 @@ def _synthetic(
         None,
     )
     if size is None:
-        raise DataError("no input sizes were found with which the model runs: state them with --shapes name:1x3x224x224")
+        raise DataError(
+            "no input sizes were found with which the model runs: state them with --shapes name:1x3x224x224"
+        )
     for _ in range(SYNTHETIC_SAMPLES):
         yield _batch(_made_up(inputs, shapes, size, generator), inputs, "synthetic inputs")
 
@@ -378,9 +391,11 @@ def _made_up(
     inputs: tuple[Input, ...], shapes: Shapes, size: int, generator: np.random.Generator
 ) -> dict[str, NDArray[Any]]:
     feed: dict[str, NDArray[Any]] = {}
+    batch = {declared.shape[0] for declared in inputs if declared.shape}
     for declared in inputs:
         dims = declared.shape or ()
-        filled = tuple(d if isinstance(d, int) else (1 if axis == 0 else size) for axis, d in enumerate(dims))
+        ones = [axis == 0 or (dim is not None and dim in batch) for axis, dim in enumerate(dims)]
+        filled = tuple(d if isinstance(d, int) else 1 if one else size for d, one in zip(dims, ones, strict=True))
         shape = shapes.get(declared.name, filled)
         integral = declared.dtype.kind in "biu"
         values = generator.integers(0, 2, shape) if integral else generator.standard_normal(shape)

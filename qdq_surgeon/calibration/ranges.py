@@ -57,7 +57,9 @@ def range_method(text: str) -> RangeMethod:
             raise QdqError(f"method {text!r}: write percentile:P with a number P above 0 and at most 100")
         return partial(percentile, percent=percent)
     if name not in plain or parameter:
-        raise QdqError(f"unknown method {text!r}.{nearest(name, [*plain, 'percentile'])} Methods: max, mse, entropy, percentile:P")
+        raise QdqError(
+            f"unknown method {text!r}.{nearest(name, [*plain, 'percentile'])} Methods: max, mse, entropy, percentile:P"
+        )
     return plain[name]
 
 

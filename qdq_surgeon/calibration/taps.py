@@ -106,5 +106,3 @@ def _reason(error: BaseException) -> str:
     """onnxruntime's message without its prefix, on one line."""
     text = " ".join(str(error).split())
     return text.split(" : ", 2)[-1][:300] if text.startswith("[ONNXRuntimeError]") else text[:300]
-
-

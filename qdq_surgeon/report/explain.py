@@ -18,9 +18,7 @@ def explain(plan: Plan, graph: Graph, text: str) -> str:
     found = named(graph, text)
     if not found:
         raise FilterError(f"no node is called {text!r}.{nearest_node(graph, text)}")
-    return "\n\n".join(
-        "\n".join(_story(plan, graph, node)) for node in graph.nodes if node.first_output in found
-    )
+    return "\n\n".join("\n".join(_story(plan, graph, node)) for node in graph.nodes if node.first_output in found)
 
 
 def _story(plan: Plan, graph: Graph, node: Node) -> Iterator[str]:

@@ -34,9 +34,9 @@ MOVES = frozenset(
 def commutes(node: Node, graph: Graph) -> bool:
     """True where every value of the node's float outputs is a value of its input 0 (or zero, for Pad)."""
     if node.op == "Pad":
-        return node.attribute("mode") != "constant" or _pads_with_zero(node, graph)
+        return bool(node.attribute("mode") != "constant") or _pads_with_zero(node, graph)
     if node.op == "Resize":
-        return node.attribute("mode") == "nearest"
+        return bool(node.attribute("mode") == "nearest")
     return node.op in MOVES
 
 

@@ -12,7 +12,9 @@ from ..model import Graph, Node
 Selection: TypeAlias = "str | Callable[[Node], bool] | Iterable[str | Callable[[Node], bool]]"
 
 
-def vetoed(graph: Graph, include: Selection = (), exclude: Selection = (), op_types: Iterable[str] = ()) -> frozenset[str]:
+def vetoed(
+    graph: Graph, include: Selection = (), exclude: Selection = (), op_types: Iterable[str] = ()
+) -> frozenset[str]:
     """The first outputs of the nodes that the user keeps in float.
 
     A node goes by its name or by one of its outputs; names may be globs (`*`, `?`, `[...]`). A literal name wins

@@ -91,7 +91,9 @@ def parse(text: str) -> TensorPattern:
         raise PlacementError(f"the pattern {text!r} cannot be read: {error.msg}") from None
     pattern = _parse(tree)
     if isinstance(pattern, (AnyTensor, Maybe)):
-        raise PlacementError(f"the pattern {text!r} names no op: write Op({text.strip()}), or Input() for a graph input")
+        raise PlacementError(
+            f"the pattern {text!r} names no op: write Op({text.strip()}), or Input() for a graph input"
+        )
     return pattern
 
 
@@ -134,9 +136,7 @@ class _Context:
     any_order: bool
 
 
-def _match_tensor(
-    pattern: TensorPattern, tensor: str, edge: Edge, context: _Context, match: Match
-) -> Iterator[Match]:
+def _match_tensor(pattern: TensorPattern, tensor: str, edge: Edge, context: _Context, match: Match) -> Iterator[Match]:
     if isinstance(pattern, Maybe):
         if tensor:
             yield from _match_tensor(pattern.pattern, tensor, edge, context, match)
@@ -240,7 +240,9 @@ def _parse(tree: ast.expr) -> TensorPattern:
             return Maybe(_parse(inner))
         case ast.BinOp(_, ast.BitOr(), _):
             return Either(tuple(_parse(option) for option in _alternatives(tree)))
-    raise PlacementError(f"{ast.unparse(tree)!r} has no meaning in a pattern: write Op(...), a name, `name or None` or _")
+    raise PlacementError(
+        f"{ast.unparse(tree)!r} has no meaning in a pattern: write Op(...), a name, `name or None` or _"
+    )
 
 
 def _parse_call(call: ast.Call) -> TensorPattern:

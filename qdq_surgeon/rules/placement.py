@@ -147,7 +147,7 @@ class _Reader:
                 raise PlacementError(f"{where}: unknown key {key!r}.{nearest(key, RULE_KEYS)}")
         for key in ("name", "match", "because"):
             if not isinstance(entry.get(key), str) or not entry[key].strip():
-                raise PlacementError(f"{where}: {key} is missing: write {key} = \"...\"")
+                raise PlacementError(f'{where}: {key} is missing: write {key} = "..."')
         if not any(verb in entry for verb in VERBS):
             raise PlacementError(f"{where}: it does nothing: give it quantize, keep_float or share")
         try:
@@ -172,7 +172,7 @@ class _Reader:
 
     def _conditions(self, table: Any, names: set[str], where: str) -> Iterator[Condition]:
         if not isinstance(table, dict):
-            raise PlacementError(f"{where}: where is a table: where = {{ name = \"predicate\" }}")
+            raise PlacementError(f'{where}: where is a table: where = {{ name = "predicate" }}')
         for capture, wanted in table.items():
             for text in _strings(wanted, f"{where}: where"):
                 if capture == "pair":
@@ -281,7 +281,9 @@ def _ranges(value: Any, names: set[str], where: str) -> dict[str, tuple[float, f
 def _known(name: str, names: set[str], where: str) -> None:
     if name not in names:
         captured = ", ".join(sorted(names)) or "nothing"
-        raise PlacementError(f"{where}: the pattern captures no {name!r} (it captures {captured}).{nearest(name, names)}")
+        raise PlacementError(
+            f"{where}: the pattern captures no {name!r} (it captures {captured}).{nearest(name, names)}"
+        )
 
 
 def _negation(text: str) -> tuple[bool, str]:

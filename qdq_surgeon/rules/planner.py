@@ -152,7 +152,9 @@ class _Planner:
                 return f"'{tensor}' has no axis {axes[edge]}"
         for edge in (*wanted, *self._edges(rule.share, match)):
             earlier = self._decided.get(edge)
-            if earlier is None or (earlier.quantized and (edge not in wanted or earlier.axis == self._axis(edge, axes))):
+            if earlier is None or (
+                earlier.quantized and (edge not in wanted or earlier.axis == self._axis(edge, axes))
+            ):
                 continue
             what = "quantized along another axis" if earlier.quantized else "kept float"
             return f"'{self._tensor(edge)}' into {edge} is already {what} by {earlier.rule}"

@@ -1,0 +1,450 @@
+"""The command line: `qdq-insert`, and `qdq-surgeon` with one subcommand per stage.
+
+Exit codes: 0 done, 1 a gate failed, 2 bad input (one line on stderr, nothing half-written), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from .edges import Plan
+from .errors import PlanError, QdqError
+
+if TYPE_CHECKING:
+    from .calibration.taps import Progress
+    from .comparison import Comparison
+    from .model import Model
+
+OK, GATE_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+SYNTHETIC_WARNING = (
+    "No calibration data was given, so the scales come from MADE-UP INPUTS. This model is good for trying out the "
+    "tool and TensorRT, not for use: its accuracy means nothing. Give real samples with --data."
+)
+
+log = logging.getLogger("qdq_surgeon")
+
+
+def insert_main(arguments: Sequence[str] | None = None) -> int:
+    """The console script `qdq-insert`."""
+    parser = _Parser(
+        prog="qdq-insert",
+        description="Insert INT8 Q/DQ pairs into a float ONNX model for TensorRT, and compare it with the float model.",
+        examples="qdq-insert model.onnx --data calibration.npz\nqdq-insert model.onnx --plan --explain conv1",
+    )
+    _insert_options(parser)
+    return _run(parser, parser.parse_args(arguments), _insert)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The console script `qdq-surgeon`."""
+    parser = _Parser(
+        prog="qdq-surgeon",
+        description="The stages of qdq-insert, one subcommand each.",
+        examples="qdq-surgeon plan model.onnx\nqdq-surgeon compare model.onnx model.qdq.onnx --data eval.npz",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    for name, options, run, text, examples in (
+        ("insert", _insert_options, _insert, "insert Q/DQ pairs: the same as qdq-insert", _INSERT_EXAMPLES),
+        ("plan", _plan_options, _plan, "say where pairs would go, and why; needs no data", _PLAN_EXAMPLES),
+        ("calibrate", _calibrate_options, _calibrate, "run the float model once, print ranges", _CALIBRATE_EXAMPLES),
+        ("compare", _compare_options, _compare, "measure a Q/DQ model against its float model", _COMPARE_EXAMPLES),
+    ):
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", examples=examples)
+        options(command)
+        command.set_defaults(run=run, parser=command)
+    chosen = parser.parse_args(arguments)
+    return _run(chosen.parser, chosen, chosen.run)
+
+
+_INSERT_EXAMPLES = "qdq-surgeon insert model.onnx --data calibration.npz\nqdq-surgeon insert model.onnx --plan"
+_PLAN_EXAMPLES = "qdq-surgeon plan model.onnx --explain conv1\nqdq-surgeon plan model.onnx --json plan.json"
+_CALIBRATE_EXAMPLES = (
+    "qdq-surgeon calibrate model.onnx --data calibration.npz\n"
+    "qdq-surgeon calibrate model.onnx --data images/ --samples 64 --json ranges.json"
+)
+_COMPARE_EXAMPLES = (
+    "qdq-surgeon compare model.onnx model.qdq.onnx --data eval.npz\n"
+    "qdq-surgeon compare model.onnx model.qdq.onnx --data eval.npz --min-agreement 0.98"
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose help fits a screen and whose errors are one line."""
+
+    def __init__(self, *, prog: str, description: str, examples: str) -> None:
+        super().__init__(
+            prog,
+            description=description,
+            epilog="examples:\n" + "\n".join(f"  {line}" for line in examples.splitlines()),
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110),
+            allow_abbrev=False,
+        )
+        self.add_argument("--version", action="version", version=f"qdq-surgeon {_version()}", help="print the version")
+
+    def error(self, message: str) -> NoReturn:
+        if "required: model" in message:
+            message = f"{message}; the model comes first, before the options"
+        self.exit(BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _insert_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="the float ONNX model")
+    parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="where to write (default: MODEL.qdq.onnx)")
+    _data_options(parser)
+    _placement_options(parser)
+    parser.add_argument("--method", default="mse", help="range method: mse (default), max, entropy, percentile:P")
+    parser.add_argument("--plan", action="store_true", help="print the plan and stop; needs no data")
+    parser.add_argument("--explain", metavar="NODE", help="with --plan: the full story of one node")
+    parser.add_argument("--plan-file", type=Path, metavar="FILE", help="apply a plan saved with --plan --json")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan (and the comparison) as JSON")
+    parser.add_argument("--no-compare", action="store_true", help="leave the comparison with the float model out")
+    _gate_options(parser)
+    _manner_options(parser)
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="the float ONNX model")
+    _placement_options(parser)
+    parser.add_argument("--explain", metavar="NODE", help="the full story of one node")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan as JSON")
+    _manner_options(parser)
+
+
+def _calibrate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="the float ONNX model")
+    _data_options(parser)
+    _placement_options(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the ranges as JSON")
+    _manner_options(parser)
+
+
+def _compare_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="the float ONNX model")
+    parser.add_argument("quantized", type=Path, help="the Q/DQ model")
+    _data_options(parser, samples=False)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the comparison as JSON")
+    _gate_options(parser)
+    _manner_options(parser)
+
+
+def _data_options(parser: argparse.ArgumentParser, samples: bool = True) -> None:
+    parser.add_argument("--data", type=Path, metavar="PATH", help="an .npz, an .npy, or a folder of them")
+    if samples:
+        parser.add_argument("--samples", type=_positive, metavar="N", help="calibrate with at most N samples")
+    parser.add_argument(
+        "--shapes",
+        type=_shape,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME:1x3x8x8",
+        help="sizes for synthetic inputs",
+    )
+
+
+def _placement_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--placement", default="tensorrt", metavar="NAME|FILE", help="rules: a preset, a .toml file, or a comma list"
+    )
+    parser.add_argument(
+        "--include",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NODE",
+        help="quantize only these nodes (names or globs)",
+    )
+    parser.add_argument(
+        "--exclude",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NODE",
+        help="keep these nodes float (names or globs)",
+    )
+    parser.add_argument(
+        "--op-types", nargs="+", action="extend", default=[], metavar="OP", help="quantize only these op types"
+    )
+
+
+def _gate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--min-sqnr", type=float, metavar="DB", help="exit 1 if an output's SQNR is lower")
+    parser.add_argument("--min-agreement", type=float, metavar="SHARE", help="exit 1 if top-1 agreement is lower")
+
+
+def _manner_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="print errors and warnings only")
+    parser.add_argument("--verbose", action="store_true", help="say what happens on the way")
+
+
+def _insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
+    from . import pipeline
+    from .model import save
+
+    if options.plan:
+        return _plan(options, say)
+    if options.explain:
+        raise QdqError("--explain goes with --plan")
+    if options.no_compare and (options.min_sqnr is not None or options.min_agreement is not None):
+        raise QdqError("--min-sqnr and --min-agreement need the comparison: leave --no-compare out")
+    output = _output(options)
+    model = _load(options)
+    plan = _read_plan(options.plan_file) if options.plan_file else _make_plan(model, options)
+    say(f"{options.model}: {next(plan.lines())}")
+    if not plan.sites:
+        say("nothing to quantize: the float model is written as it is (--plan says why)")
+    _check_gates(options)
+    with _progress_bar(options) as progress:
+        result = pipeline.apply(
+            model,
+            plan,
+            options.data,
+            method=options.method,
+            samples=options.samples,
+            shapes=dict(options.shapes),
+            compare=not options.no_compare,
+            progress=progress,
+        )
+    origin = result.scales.origin
+    if origin.synthetic and plan.sites:
+        _shout(SYNTHETIC_WARNING)
+    say(f"calibrated by {result.scales.method} on {origin.samples} samples of {origin.data}")
+    _say_dropped(result.scales.dropped, say)
+    if result.comparison:
+        say(result.comparison)
+    if options.json:
+        _write_json(options.json, plan, result.comparison)
+    save(result.model, output)
+    say(f"wrote {output}")
+    return _gate(result.comparison, options)
+
+
+def _plan(options: argparse.Namespace, say: Callable[[object], None]) -> int:
+    from .report.explain import explain
+
+    model = _load(options)
+    plan = _make_plan(model, options)
+    say(explain(plan, model.graph, options.explain) if options.explain else plan)
+    if options.json:
+        _write_text(options.json, plan.to_json())
+        say(f"wrote {options.json}")
+    return OK
+
+
+def _calibrate(options: argparse.Namespace, say: Callable[[object], None]) -> int:
+    from . import pipeline
+    from .calibration.ranges import range_method
+    from .report.tables import table
+
+    model = _load(options)
+    plan = _make_plan(model, options)
+    with _progress_bar(options) as progress:
+        statistics = pipeline.calibrate(
+            model, plan, options.data, samples=options.samples, shapes=dict(options.shapes), progress=progress
+        )
+    if statistics.origin.synthetic:
+        _shout(SYNTHETIC_WARNING)
+    methods = ("mse", "entropy", "percentile:99.99")
+    ranges = {
+        name: {"min": s.minimum, "max": s.maximum, **{method: range_method(method)(s) for method in methods}}
+        for name, s in statistics.tensors.items()
+    }
+    rows = [(name, *(f"{value:.5g}" for value in row.values())) for name, row in ranges.items()]
+    say(f"{len(ranges)} tensors over {statistics.origin.samples} samples of {statistics.origin.data}")
+    say(table(("tensor", "min", "max", *methods), rows))
+    if options.json:
+        _write_json_value(options.json, {"samples": statistics.origin.samples, "ranges": ranges})
+        say(f"wrote {options.json}")
+    return OK
+
+
+def _compare(options: argparse.Namespace, say: Callable[[object], None]) -> int:
+    from . import pipeline
+    from .model import load
+
+    _check_gates(options)
+    model, quantized = load(options.model), load(options.quantized)
+    with _progress_bar(options) as progress:
+        comparison = pipeline.compare(model, quantized, options.data, shapes=dict(options.shapes), progress=progress)
+    say(comparison)
+    if options.json:
+        _write_json(options.json, None, comparison)
+        say(f"wrote {options.json}")
+    return _gate(comparison, options)
+
+
+def _run(
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    command: Callable[[argparse.Namespace, Callable[[object], None]], int],
+) -> int:
+    """Run one command; turn what it raises into one line and an exit code."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO if options.verbose else logging.WARNING)
+    try:
+        return command(options, (lambda _: None) if options.quiet else print)
+    except QdqError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted, nothing was written", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    finally:
+        log.removeHandler(handler)
+
+
+def _load(options: argparse.Namespace) -> Model:
+    from .model import load
+
+    return load(options.model)
+
+
+def _make_plan(model: Model, options: argparse.Namespace) -> Plan:
+    from . import pipeline
+
+    return pipeline.plan(
+        model,
+        placement=options.placement,
+        include=options.include,
+        exclude=options.exclude,
+        op_types=options.op_types,
+    )
+
+
+def _read_plan(path: Path) -> Plan:
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path} cannot be read: {error}") from None
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from None
+
+
+def _output(options: argparse.Namespace) -> Path:
+    """Where to write; refused before any work where it cannot be right."""
+    output: Path = options.output or options.model.with_name(f"{options.model.stem}.qdq.onnx")
+    if output.is_dir():
+        raise QdqError(f"{output} is a folder: name a file with -o")
+    if not output.parent.is_dir():
+        raise QdqError(f"the folder {output.parent} does not exist: create it, or name another output with -o")
+    if output.exists() and options.model.exists() and output.samefile(options.model):
+        raise QdqError(f"{output} is the input itself, which is never overwritten: name another output with -o")
+    return output
+
+
+def _check_gates(options: argparse.Namespace) -> None:
+    if options.min_agreement is not None and not 0 <= options.min_agreement <= 1:
+        raise QdqError(f"--min-agreement is a share between 0 and 1, not {options.min_agreement:g}")
+
+
+def _gate(comparison: Comparison | None, options: argparse.Namespace) -> int:
+    if comparison is None:
+        return OK
+    if options.min_agreement is not None and comparison.agreement is None:
+        raise QdqError("--min-agreement: no output looks like class scores; use --min-sqnr")
+    failed = []
+    if options.min_sqnr is not None and not comparison.sqnr >= options.min_sqnr:
+        failed.append(f"SQNR {comparison.sqnr:.1f} dB is below {options.min_sqnr:g} dB")
+    if comparison.agreement is not None and options.min_agreement is not None:
+        low = comparison.agreement < options.min_agreement
+        failed += [f"top-1 agreement {comparison.agreement:.3f} is below {options.min_agreement:g}"] if low else []
+    for text in failed:
+        print(f"gate failed: {text}", file=sys.stderr)
+    return GATE_FAILED if failed else OK
+
+
+def _say_dropped(dropped: Any, say: Callable[[object], None]) -> None:
+    for edge, reason in dropped.items():
+        say(f"  {edge} stays float: {reason}")
+
+
+def _write_json(path: Path, plan: Plan | None, comparison: Comparison | None) -> None:
+    import json
+    from dataclasses import asdict
+
+    content: dict[str, Any] = json.loads(plan.to_json()) if plan else {}
+    if comparison:
+        content["comparison"] = asdict(comparison)
+    _write_json_value(path, content)
+
+
+def _write_json_value(path: Path, content: Any) -> None:
+    import json
+
+    _write_text(path, json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: an SQNR without noise becomes null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
+
+
+def _write_text(path: Path, text: str) -> None:
+    from .model import write_atomically
+
+    write_atomically(path, text.encode())
+
+
+def _shout(text: str) -> None:
+    from rich.console import Console
+    from rich.panel import Panel
+
+    Console(stderr=True).print(Panel(text, title="WARNING", border_style="bold red"))
+
+
+@contextlib.contextmanager
+def _progress_bar(options: argparse.Namespace) -> Iterator[Progress | None]:
+    """A bar per stage on stderr; none where stderr is not a terminal or --quiet is given."""
+    if options.quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    with Bars(console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int | None) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield show
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _shape(text: str) -> tuple[str, tuple[int, ...]]:
+    """'name:1x3x224x224' -> ('name', (1, 3, 224, 224)). The name may hold colons."""
+    name, _, sizes = text.rpartition(":")
+    parts = sizes.split("x")
+    if not name or not all(part.isdigit() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: write name:1x3x224x224")
+    return name, tuple(map(int, parts))
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("qdq-surgeon")

@@ -6,11 +6,14 @@ only input slots change; removing the pairs gives the input back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from onnx import GraphProto, ModelProto, NodeProto
+from numpy.typing import NDArray
+from onnx import GraphProto, ModelProto
 
 from .edges import Plan, Site
 from .errors import PlanError
@@ -33,14 +36,21 @@ def insert_pairs(model: Model, plan: Plan, scales: Scales, version: str) -> Mode
         raise PlanError("the scales belong to another model")
     proto = ModelProto()
     proto.CopyFrom(model.proto)
-    sites = list(_with_readers(plan, scales))
     names = _Names(proto)
-    outputs = {site: names.fresh(f"{site.tensor}_dequantized") for site in sites}
-    fragment = _fragment(model, sites, scales, names, outputs)
-    _splice(proto.graph, sites, fragment)
-    _rewire(proto.graph, outputs)
+    pairs = [_pair(site, scales.of(site), names, model.opset) for site in _with_readers(plan, scales)]
+    _rewire(proto.graph, pairs)
+    _splice(proto.graph, pairs)
     _record(proto, plan, scales, version)
     return proto
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A site, its Q and DQ with their constants as a graph of their own, and what that graph writes."""
+
+    site: Site
+    fragment: GraphProto
+    output: str
 
 
 def _with_readers(plan: Plan, scales: Scales) -> Iterator[Site]:
@@ -48,65 +58,58 @@ def _with_readers(plan: Plan, scales: Scales) -> Iterator[Site]:
     for site in plan.sites:
         reads = tuple(read for read in site.reads if read.edge not in scales.dropped)
         if reads:
-            yield Site(site.tensor, reads, site.weight, site.axis)
+            yield replace(site, reads=reads)
 
 
-def _fragment(
-    model: Model, sites: list[Site], scales: Scales, names: _Names, outputs: Mapping[Site, str]
-) -> GraphProto:
-    """All pairs as one graph: two nodes a site, in the order of `sites`, their constants as initializers."""
-    nodes: list[gs.Node] = []
-    read: dict[str, gs.Variable] = {}
-    written: list[gs.Variable] = []
-    for site in sites:
-        scale = scales.of(site)
-        tensor = read.setdefault(site.tensor, gs.Variable(site.tensor, dtype=scale.dtype))
-        constants = [
-            gs.Constant(names.fresh(f"{site.tensor}_scale"), scale),
-            gs.Constant(names.fresh(f"{site.tensor}_zero_point"), np.zeros(scale.shape, np.int8)),
-        ]
-        quantized = gs.Variable(names.fresh(f"{site.tensor}_quantized"), dtype=np.int8)
-        dequantized = gs.Variable(outputs[site], dtype=scale.dtype)
-        attributes = {} if site.axis is None else {"axis": site.axis}
-        for op, source, result in (
+def _pair(site: Site, scale: NDArray[Any], names: _Names, opset: int) -> _Pair:
+    tensor = gs.Variable(site.tensor, dtype=scale.dtype)
+    constants = [
+        gs.Constant(names.fresh(f"{site.tensor}_scale"), scale),
+        gs.Constant(names.fresh(f"{site.tensor}_zero_point"), np.zeros(scale.shape, np.int8)),
+    ]
+    quantized = gs.Variable(names.fresh(f"{site.tensor}_quantized"), dtype=np.int8)
+    dequantized = gs.Variable(names.fresh(f"{site.tensor}_dequantized"), dtype=scale.dtype)
+    attributes = {} if site.axis is None else {"axis": site.axis}
+    nodes = [
+        gs.Node(op, names.fresh(f"{site.tensor}_{op}"), attributes, [read, *constants], [written])
+        for op, read, written in (
             ("QuantizeLinear", tensor, quantized),
             ("DequantizeLinear", quantized, dequantized),
-        ):
-            name = names.fresh(f"{site.tensor}_{op}")
-            nodes.append(gs.Node(op, name, attributes, [source, *constants], [result]))
-        written.append(dequantized)
-    graph = gs.Graph(nodes, inputs=list(read.values()), outputs=written, opset=model.opset)
-    fragment: GraphProto = gs.export_onnx(graph).graph
-    for site, *pair in zip(sites, fragment.node[::2], fragment.node[1::2], strict=True):
-        rules = ", ".join(dict.fromkeys(read.rule for read in site.reads))
-        for node in pair:
-            node.metadata_props.add(key=RULE_KEY, value=rules)
-    return fragment
+        )
+    ]
+    graph = gs.Graph(nodes, inputs=[tensor], outputs=[dequantized], opset=opset)
+    fragment = gs.export_onnx(graph).graph
+    rules = ", ".join(dict.fromkeys(read.rule for read in site.reads))
+    for node in fragment.node:
+        node.metadata_props.add(key=RULE_KEY, value=rules)
+    return _Pair(site, fragment, dequantized.name)
 
 
-def _splice(graph: GraphProto, sites: list[Site], fragment: GraphProto) -> None:
+def _rewire(graph: GraphProto, pairs: list[_Pair]) -> None:
+    """Let every edge of a site read the pair's output."""
+    nodes = {next(filter(None, node.output), ""): node for node in graph.node}
+    for pair in pairs:
+        for edge in pair.site.edges:
+            nodes[edge.reader].input[edge.slot] = pair.output
+
+
+def _splice(graph: GraphProto, pairs: list[_Pair]) -> None:
     """Put each pair behind the node that makes its tensor; pairs on inputs and initializers go to the front."""
-    pairs: dict[str, list[NodeProto]] = {}
-    for site, *pair in zip(sites, fragment.node[::2], fragment.node[1::2], strict=True):
-        pairs.setdefault(site.tensor, []).extend(pair)
-    originals = list(graph.node)
-    made = {output for node in originals for output in node.output}
-    ordered = [node for tensor, nodes in pairs.items() if tensor not in made for node in nodes]
-    for original in originals:
-        ordered.append(original)
-        ordered += [node for output in original.output for node in pairs.get(output, ())]
+    waiting: dict[str, list[_Pair]] = {}
+    for pair in pairs:
+        waiting.setdefault(pair.site.tensor, []).append(pair)
+        graph.initializer.MergeFrom(pair.fragment.initializer)
+    made = {output for node in graph.node for output in node.output}
     spliced = GraphProto()
-    spliced.node.extend(ordered)
+    for pair in pairs:
+        if pair.site.tensor not in made:
+            spliced.node.MergeFrom(pair.fragment.node)
+    for original in graph.node:
+        spliced.node.append(original)
+        for pair in (pair for output in original.output for pair in waiting.get(output, ())):
+            spliced.node.MergeFrom(pair.fragment.node)
     del graph.node[:]
     graph.node.MergeFrom(spliced.node)
-    graph.initializer.extend(fragment.initializer)
-
-
-def _rewire(graph: GraphProto, outputs: Mapping[Site, str]) -> None:
-    nodes = {next(filter(None, node.output), ""): node for node in graph.node}
-    for site, output in outputs.items():
-        for edge in site.edges:
-            nodes[edge.reader].input[edge.slot] = output
 
 
 def _record(proto: ModelProto, plan: Plan, scales: Scales, version: str) -> None:

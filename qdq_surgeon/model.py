@@ -68,19 +68,27 @@ Source: TypeAlias = "str | os.PathLike[str] | ModelProto | HasModelProto | Model
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Node:
-    """One node. `op` carries the domain where it is not ONNX's own: 'com.microsoft::FusedConv'."""
+    """One node. `op` carries the domain where it is not ONNX's own: 'com.microsoft::FusedConv'.
 
-    scope: tuple[str, ...]
+    `edges` holds the edge of each input slot, `captured` the outer tensors that its control-flow bodies read.
+    """
+
     op: str
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    first_output: str
+    edges: tuple[Edge, ...]
+    captured: tuple[str, ...]
     proto: NodeProto
-    captured: tuple[str, ...] = ()
 
-    @property
-    def first_output(self) -> str:
-        return next((name for name in self.outputs if name), "")
+    @staticmethod
+    def of(proto: NodeProto) -> Node:
+        op = proto.op_type if proto.domain in ("", "ai.onnx") else f"{proto.domain}::{proto.op_type}"
+        first = _first_output(proto)
+        edges = tuple(Edge((), first, slot, op, proto.name) for slot in range(len(proto.input)))
+        captured = tuple(dict.fromkeys(tensor for tensor, _ in _captured_edges(proto, ())))
+        return Node(op, proto.name, tuple(proto.input), tuple(proto.output), first, edges, captured, proto)
 
     @property
     def label(self) -> str:
@@ -258,10 +266,9 @@ class Graph:
     def _read(self) -> dict[str, tuple[Edge, ...]]:
         readers: dict[str, list[Edge]] = {}
         for node in self.nodes:
-            for slot, tensor in enumerate(node.inputs):
-                edge = Edge(node.scope, node.first_output, slot, node.op, node.name)
+            for tensor, edge in zip(node.inputs, node.edges, strict=True):
                 readers.setdefault(tensor, []).append(edge)
-            for tensor, edge in _captured_edges(node.proto, node.scope):
+            for tensor, edge in _captured_edges(node.proto, ()):
                 readers.setdefault(tensor, []).append(edge)
         for name in self.outputs:
             readers.setdefault(name, []).append(Edge((), name, GRAPH_OUTPUT))
@@ -447,14 +454,16 @@ def _tensor_digest(tensor: TensorProto) -> bytes:
 def _producers(proto: ModelProto) -> dict[str, Node]:
     producers: dict[str, Node] = {}
     for node in proto.graph.node:
-        domain = "" if node.domain in ("", "ai.onnx") else f"{node.domain}::"
-        captured = tuple(dict.fromkeys(tensor for tensor, _ in _captured_edges(node, ())))
-        view = Node((), domain + node.op_type, node.name, tuple(node.input), tuple(node.output), node, captured)
+        view = Node.of(node)
         for output in filter(None, node.output):
             if output in producers:
                 raise ModelError(f"two nodes make the tensor '{output}': it is not a valid ONNX model")
             producers[output] = view
     return producers
+
+
+def _first_output(node: NodeProto) -> str:
+    return next(filter(None, node.output), "")
 
 
 def _bodies(node: NodeProto) -> list[tuple[str, onnx.GraphProto]]:
@@ -469,12 +478,12 @@ def _bodies(node: NodeProto) -> list[tuple[str, onnx.GraphProto]]:
 def _captured_edges(node: NodeProto, scope: tuple[str, ...]) -> Iterator[tuple[str, Edge]]:
     """What the bodies of a control-flow node read from outside, each with the edge that reads it."""
     for name, body in _bodies(node):
-        inner = (*scope, f"{next(filter(None, node.output), '')}.{name}")
+        inner = (*scope, f"{_first_output(node)}.{name}")
         local = {value.name for value in body.input} | {tensor.name for tensor in body.initializer}
         local |= {tensor.values.name for tensor in body.sparse_initializer}
         local |= {output for child in body.node for output in child.output}
         for child in body.node:
-            first = next(filter(None, child.output), "")
+            first = _first_output(child)
             reads = [
                 (tensor, Edge(inner, first, slot, child.op_type, child.name)) for slot, tensor in enumerate(child.input)
             ]

@@ -25,11 +25,10 @@ def _story(plan: Plan, graph: Graph, node: Node) -> Iterator[str]:
     quantized = {read.edge: (site, read.rule) for site in plan.sites for read in site.reads}
     kept = {item.edge: item.rule for item in plan.kept}
     yield node.label
-    for slot, tensor in enumerate(node.inputs):
+    for tensor, edge in zip(node.inputs, node.edges, strict=True):
         if not tensor:
             continue
-        edge = Edge(node.scope, node.first_output, slot)
-        yield f"  reads '{tensor}' in slot {slot}: {_state(plan, graph, tensor, edge, quantized, kept)}"
+        yield f"  reads '{tensor}' in slot {edge.slot}: {_state(plan, graph, tensor, edge, quantized, kept)}"
     for output in filter(None, node.outputs):
         for edge in graph.readers(output):
             reader = "a graph output" if edge.slot == GRAPH_OUTPUT else str(edge)

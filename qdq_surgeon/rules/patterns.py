@@ -138,12 +138,7 @@ class _Context:
 
 def _match_tensor(pattern: TensorPattern, tensor: str, edge: Edge, context: _Context, match: Match) -> Iterator[Match]:
     if isinstance(pattern, Maybe):
-        if tensor:
-            yield from _match_tensor(pattern.pattern, tensor, edge, context, match)
-        else:
-            yield match
-    elif not tensor:
-        return
+        yield from _match_tensor(pattern.pattern, tensor, edge, context, match)
     elif isinstance(pattern, AnyTensor):
         yield from _bind(match, pattern.name, tensor, edge)
     else:
@@ -189,21 +184,24 @@ def _match_slots(
 ) -> Iterator[Match]:
     matches = iter([match])
     for inner, slot in zip(pattern.inputs, order, strict=True):
-        tensor = node.inputs[slot] if slot < len(node.inputs) else ""
-        matches = _each(matches, inner, tensor, _edge(node, slot), context)
+        matches = _each(matches, inner, node, slot, context)
     for found in matches:
         if not pattern.rest:
             yield found
         elif pattern.rest not in found:
-            edges = tuple(_edge(node, slot) for slot in rest)
+            edges = tuple(node.edges[slot] for slot in rest)
             yield {**found, pattern.rest: Bound(tuple(node.inputs[slot] for slot in rest), edges)}
 
 
 def _each(
-    matches: Iterator[Match], pattern: TensorPattern, tensor: str, edge: Edge, context: _Context
+    matches: Iterator[Match], pattern: TensorPattern, node: Node, slot: int, context: _Context
 ) -> Iterator[Match]:
+    absent = slot >= len(node.inputs) or not node.inputs[slot]
     for match in matches:
-        yield from _match_tensor(pattern, tensor, edge, context, match)
+        if not absent:
+            yield from _match_tensor(pattern, node.inputs[slot], node.edges[slot], context, match)
+        elif isinstance(pattern, Maybe):
+            yield match
 
 
 def _bind(match: Match, name: str | None, tensor: str, edge: Edge | None) -> Iterator[Match]:
@@ -215,10 +213,6 @@ def _bind(match: Match, name: str | None, tensor: str, edge: Edge | None) -> Ite
         yield {**match, name: Bound((tensor,), edges)}
     elif known.tensors == (tensor,):
         yield {**match, name: Bound((tensor,), (*known.edges, *edges))}
-
-
-def _edge(node: Node, slot: int) -> Edge:
-    return Edge(node.scope, node.first_output, slot, node.op, node.name)
 
 
 def _parse(tree: ast.expr) -> TensorPattern:

@@ -192,8 +192,7 @@ class _Planner:
         reads: dict[tuple[str, int | None], list[Read]] = {}
         kept: list[Kept] = []
         for node in self.graph.nodes:
-            for slot, tensor in enumerate(node.inputs):
-                edge = Edge(node.scope, node.first_output, slot, node.op, node.name)
+            for tensor, edge in zip(node.inputs, node.edges, strict=True):
                 decision = self._decided.get(edge)
                 if decision is None:
                     continue
@@ -243,8 +242,7 @@ class _Planner:
         """In the order of the nodes, each with the one edge of its node that a report can point to."""
         for missed in sorted(self._missed, key=lambda missed: self.graph.position(missed.node.first_output)):
             near = any(edge not in self._decided for edge in missed.wanted)
-            edge = Edge(missed.node.scope, missed.node.first_output, 0, missed.node.op, missed.node.name)
-            yield Miss(missed.rule.name, edge, missed.reason, near)
+            yield Miss(missed.rule.name, missed.node.edges[0], missed.reason, near)
 
 
 def _bound(match: Match, name: str) -> Bound:

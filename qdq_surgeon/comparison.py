@@ -34,12 +34,15 @@ class OutputComparison:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """FP32 against Q/DQ, simulated in onnxruntime. `held_out`: calibration had not seen these samples."""
+    """FP32 against Q/DQ, simulated in onnxruntime.
+
+    `held_out`: calibration had not seen these samples (None: unknown).
+    """
 
     outputs: tuple[OutputComparison, ...]
     samples: int
     data: str
-    held_out: bool
+    held_out: bool | None
 
     @property
     def sqnr(self) -> float:
@@ -52,12 +55,12 @@ class Comparison:
         return min((output.agreement for output in self.outputs if output.agreement is not None), default=None)
 
     def __str__(self) -> str:
-        seen = "not used for calibration" if self.held_out else "used for calibration too"
+        seen = {True: ", not used for calibration", False: ", used for calibration too", None: ""}[self.held_out]
         rows = [
             (o.name, decibels(o.sqnr), f"{o.cosine:.6f}", f"{o.max_error:.4g}", share(o.agreement))
             for o in self.outputs
         ]
-        head = f"float against INT8 (Q/DQ simulated in onnxruntime) on {self.samples} samples of {self.data}, {seen}"
+        head = f"float against INT8 (Q/DQ simulated in onnxruntime) on {self.samples} samples of {self.data}{seen}"
         return f"{head}\n{table(('output', 'SQNR', 'cosine', 'max error', 'top-1 agreement'), rows)}"
 
 
@@ -66,7 +69,7 @@ def compare_models(
     quantized: ModelProto,
     batches: Iterable[Batch],
     data: str,
-    held_out: bool,
+    held_out: bool | None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Run both models over the batches, one at a time, and compare every output that is a tensor of numbers.

@@ -161,7 +161,7 @@ def compare(
     """Run both models on all of the data in onnxruntime and measure how far apart their outputs are."""
     left, right = load(float_model), load(qdq_model)
     source = _feeds(left, data, shapes)
-    return compare_models(left.original, right.original, source.batches, source.source, True, progress)
+    return compare_models(left.original, right.original, source.batches, source.source, None, progress)
 
 
 def _feeds(source: Model, data: Data | None, shapes: Shapes | None) -> feeds.Feeds:

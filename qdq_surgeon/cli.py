@@ -198,6 +198,8 @@ def _insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     output = _output(options)
     model = _load(options)
     plan = _read_plan(options.plan_file) if options.plan_file else _make_plan(model, options)
+    for note in (*model.notes, *model.graph.notes):
+        say(f"note: {note}")
     say(f"{options.model}: {next(plan.lines())}")
     if not plan.sites:
         say("nothing to quantize: the float model is written as it is (--plan says why)")

@@ -18,6 +18,7 @@ from onnx import GraphProto, ModelProto
 from .edges import Plan, Site
 from .errors import PlanError
 from .model import Model
+from .rules.planner import check_plan
 from .scales import Scales
 
 PREFIX = "qdq_surgeon."
@@ -30,8 +31,7 @@ def insert_pairs(model: Model, plan: Plan, scales: Scales, version: str) -> Mode
 
     Raises PlanError where plan or scales belong to another model.
     """
-    if plan.model_digest != model.digest:
-        raise PlanError("the plan belongs to another model: make one for this model with --plan --json")
+    check_plan(model, plan)
     if scales.model_digest != model.digest:
         raise PlanError("the scales belong to another model")
     proto = ModelProto()

@@ -106,7 +106,7 @@ class Node:
 class Model:
     """A loaded model. `proto` is what gets quantized, and is never changed; `original` is what was given.
 
-    They differ where the opset or the IR version had to be raised, which `notes` says.
+    They differ where the opset or the IR version had to be raised. `notes` says what a user should know about that.
     """
 
     proto: ModelProto
@@ -164,7 +164,7 @@ class Graph:
         self.nodes: tuple[Node, ...] = tuple(self._ordered())
         self._positions = {node.first_output: index for index, node in enumerate(self.nodes)}
         self._readers: dict[str, tuple[Edge, ...]] = self._read()
-        self._types, self._shapes = _inferred(proto)
+        self._types, self._shapes, self.notes = _inferred(proto)
         self._complete_types()
         self._constants = self._find_constants()
 
@@ -494,13 +494,17 @@ def _captured_edges(node: NodeProto, scope: tuple[str, ...]) -> Iterator[tuple[s
                 yield value.name, Edge(inner, value.name, GRAPH_OUTPUT)
 
 
-def _inferred(proto: ModelProto) -> tuple[dict[str, int], dict[str, tuple[int | None, ...]]]:
-    """Element types and shapes of all tensors, by onnx's shape inference on a copy without the weights' data."""
+def _inferred(proto: ModelProto) -> tuple[dict[str, int], dict[str, tuple[int | None, ...]], tuple[str, ...]]:
+    """Element types and shapes of all tensors, by onnx's shape inference on a copy without the weights' data.
+
+    The third part says why there is little of both, where inference failed.
+    """
     skeleton = _skeleton(proto)
+    notes: tuple[str, ...] = ()
     try:
         inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
     except Exception as error:
-        log.warning("shapes could not be inferred (%s): rules that need them will not apply", _one_line(error))
+        notes = (f"shapes could not be inferred, so rules that need them do not apply: {_one_line(error)}",)
         inferred = skeleton.graph
     types: dict[str, int] = {}
     shapes: dict[str, tuple[int | None, ...]] = {}
@@ -512,7 +516,7 @@ def _inferred(proto: ModelProto) -> tuple[dict[str, int], dict[str, tuple[int | 
             shapes[value.name] = tuple(dim if isinstance(dim, int) else None for dim in dims)
     for tensor in proto.graph.initializer:
         types[tensor.name], shapes[tensor.name] = tensor.data_type, tuple(tensor.dims)
-    return types, shapes
+    return types, shapes, notes
 
 
 def _skeleton(proto: ModelProto) -> ModelProto:

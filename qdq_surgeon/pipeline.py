@@ -21,7 +21,7 @@ from .insertion import insert_pairs
 from .model import INTEGER_OPS, QDQ_OPS, Model, Source, load
 from .rules.filters import Selection, vetoed
 from .rules.placement import DEFAULT, load_placement
-from .rules.planner import make_plan
+from .rules.planner import check_plan, make_plan
 from .rules.predicates import PairPredicate, Predicate
 from .scales import Scales, choose_scales, tensors_to_calibrate
 
@@ -65,7 +65,6 @@ def quantize(
     Raises QdqError, or one of its kinds, for whatever does not fit.
     """
     source = load(model)
-    range_method(method)
     the_plan = plan(
         source, placement=placement, predicates=predicates, include=include, exclude=exclude, op_types=op_types
     )
@@ -86,6 +85,7 @@ def apply(
     progress: Progress | None = None,
 ) -> Result:
     """The line from a plan on: calibrate, choose, insert, compare. See `quantize`."""
+    range_method(method)  # a wrong name should not cost a calibration
     source = load(model)
     split = Split(_feeds(source, data, shapes), samples)
     statistics = _collect(source, the_plan, split, progress)
@@ -171,7 +171,8 @@ def _feeds(source: Model, data: Data | None, shapes: Shapes | None) -> feeds.Fee
 
 
 def _collect(source: Model, the_plan: Plan, split: Split, progress: Progress | None) -> Statistics:
-    tensors = taps.collect(source, tensors_to_calibrate(the_plan), split, split.feeds.total, progress)
+    check_plan(source, the_plan)
+    tensors = taps.collect(source, tensors_to_calibrate(the_plan), split, split.expected, progress)
     origin = Origin(split.feeds.source, split.digest, split.samples, split.feeds.synthetic)
     return Statistics(tensors, source.digest, origin)
 

@@ -121,6 +121,16 @@ class Split:
     def digest(self) -> str:
         return str(self._hash.hexdigest())
 
+    @property
+    def expected(self) -> int | None:
+        """About how many samples will calibrate; None where nothing tells."""
+        total = self.feeds.total
+        if total is None or self.limit is not None:
+            return self.limit if total is None else min(total, self.limit or total)
+        return (
+            total - min(total // HELD_OUT_EVERY, SHELF_SAMPLES) if self.hold_out and total >= ENOUGH_SAMPLES else total
+        )
+
     def __iter__(self) -> Iterator[Batch]:
         seen, held = _Shelf(), _Shelf()
         for index, batch in enumerate(self.feeds.batches):

@@ -150,6 +150,8 @@ class _Reader:
                 raise PlacementError(f'{where}: {key} is missing: write {key} = "..."')
         if not any(verb in entry for verb in VERBS):
             raise PlacementError(f"{where}: it does nothing: give it quantize, keep_float or share")
+        if not isinstance(entry.get("any_order", False), bool):
+            raise PlacementError(f"{where}: any_order is true or false")
         try:
             pattern = patterns.parse(entry["match"])
         except PlacementError as error:
@@ -160,7 +162,7 @@ class _Reader:
             name=entry["name"],
             pattern=pattern,
             because=" ".join(entry["because"].split()),
-            any_order=entry.get("any_order", False) is True,
+            any_order=entry.get("any_order", False),
             where=tuple(self._conditions(entry.get("where", {}), names, where)),
             quantize=_selectors(entry.get("quantize", []), names, f"{where}: quantize"),
             keep_float=_selectors(entry.get("keep_float", []), names, f"{where}: keep_float"),

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..edges import GRAPH_OUTPUT, Edge, Kept, Miss, Plan, Read, Share, Site
+from ..errors import PlanError
 from ..model import DATA_FREE_OPS, MIN_OPSET, Graph, Model, Node
 from .commuting import moved_from
 from .patterns import Bound, Match, match_input, match_node, root_ops
@@ -54,6 +55,21 @@ def make_plan(model: Model, placement: Placement, out: frozenset[str] = frozense
             for rule in rules.anywhere:
                 planner.visit(rule, None, match_input(rule.pattern, tensor, model.graph))
     return planner.plan(model, placement)
+
+
+def check_plan(model: Model, plan: Plan) -> None:
+    """Raise PlanError unless the plan belongs to the model and every site's edges read its tensor there."""
+    if plan.model_digest != model.digest:
+        raise PlanError("the plan belongs to another model: make one for this model with --plan --json")
+    seen: set[Edge] = set()
+    for site in plan.sites:
+        for edge in site.edges:
+            node = model.graph.reading_node(edge)
+            if node is None or not 0 <= edge.slot < len(node.inputs) or node.inputs[edge.slot] != site.tensor:
+                raise PlanError(f"the plan lets {edge} read '{site.tensor}', which it does not do in this model")
+            if edge in seen:
+                raise PlanError(f"the plan has two pairs for {edge}")
+            seen.add(edge)
 
 
 class _Index:

@@ -6,18 +6,18 @@ only input slots change; removing the pairs gives the input back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from .edges import Plan, Site
 from .errors import PlanError
-from .model import Model
+from .model import QDQ_OPS, Model
 from .rules.planner import check_plan
 from .scales import Scales
 
@@ -150,5 +150,84 @@ def _all_names(graphs: Iterable[GraphProto]) -> Iterator[str]:
             yield value.name
         for node in graph.node:
             yield from (node.name, *node.input, *node.output)
-            bodies = [body for item in node.attribute for body in (item.g, *item.graphs)]
-            yield from _all_names(body for body in bodies if body.ByteSize())
+            yield from _all_names(_bodies(node))
+
+
+def strip_pairs(quantized: ModelProto) -> ModelProto:
+    """A copy of a Q/DQ model, from any producer, without its pairs: the float model that it stands for.
+
+    What read a DequantizeLinear reads what was quantized; a weight stored as integers becomes the float initializer
+    that its DequantizeLinear makes. Pairs inside control-flow bodies stay.
+    """
+    proto = ModelProto()
+    proto.CopyFrom(quantized)
+    graph = proto.graph
+    makers = {output: node for node in graph.node for output in node.output}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    sources: dict[str, str] = {}
+    for node in graph.node:
+        if node.op_type != "DequantizeLinear":
+            continue
+        maker = makers.get(node.input[0])
+        if maker is not None and maker.op_type == "QuantizeLinear":
+            sources[node.output[0]] = maker.input[0]
+        elif node.input[0] in constants:
+            sources[node.output[0]] = node.output[0]
+            graph.initializer.append(_dequantized(node, constants))
+    kept = [node for node in graph.node if node.op_type != "DequantizeLinear" or node.output[0] not in sources]
+    _redirect([graph], {name: _origin(name, sources) for name in sources})
+    for output in graph.output:
+        if output.name in sources and output.name not in constants:
+            kept.append(NodeProto(op_type="Identity", input=[_origin(output.name, sources)], output=[output.name]))
+    read = {name for node in kept for name in _names_read(node)} | {output.name for output in graph.output}
+    kept = [node for node in kept if node.op_type != "QuantizeLinear" or node.output[0] in read]
+    _replace(graph.node, kept)
+    read = {name for node in kept for name in _names_read(node)} | {output.name for output in graph.output}
+    ours = {name for node in quantized.graph.node if node.op_type in QDQ_OPS for name in node.input}
+    _replace(
+        graph.initializer, [tensor for tensor in graph.initializer if tensor.name in read or tensor.name not in ours]
+    )
+    _replace(proto.metadata_props, [entry for entry in proto.metadata_props if not entry.key.startswith(PREFIX)])
+    return proto
+
+
+def _dequantized(node: NodeProto, constants: Mapping[str, TensorProto]) -> TensorProto:
+    value, scale, *rest = (numpy_helper.to_array(constants[name]) for name in node.input if name)
+    axis = next((item.i for item in node.attribute if item.name == "axis"), 1)
+    shape = [-1 if index == axis % value.ndim else 1 for index in range(value.ndim)] if scale.ndim else []
+    zero = rest[0].astype(np.float32).reshape(shape or ()) if rest else np.float32(0)
+    real = (value.astype(np.float32) - zero) * scale.reshape(shape or ())
+    return numpy_helper.from_array(real.astype(scale.dtype), node.output[0])
+
+
+def _origin(name: str, sources: Mapping[str, str]) -> str:
+    while name in sources and sources[name] != name:
+        name = sources[name]
+    return name
+
+
+def _redirect(graphs: Iterable[GraphProto], names: Mapping[str, str]) -> None:
+    for graph in graphs:
+        for node in graph.node:
+            for slot, name in enumerate(node.input):
+                if name in names:
+                    node.input[slot] = names[name]
+            _redirect(_bodies(node), names)
+
+
+def _names_read(node: NodeProto) -> Iterator[str]:
+    yield from node.input
+    for body in _bodies(node):
+        yield from (name for inner in body.node for name in _names_read(inner))
+        yield from (output.name for output in body.output)
+
+
+def _bodies(node: NodeProto) -> list[GraphProto]:
+    bodies = [body for item in node.attribute for body in (item.g, *item.graphs)]
+    return [body for body in bodies if body.ByteSize()]
+
+
+def _replace(field: Any, items: list[Any]) -> None:
+    copies = [type(item).FromString(item.SerializeToString()) for item in items]
+    del field[:]
+    field.extend(copies)

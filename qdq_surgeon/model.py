@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -164,7 +164,7 @@ class Graph:
         self.nodes: tuple[Node, ...] = tuple(self._ordered())
         self._positions = {node.first_output: index for index, node in enumerate(self.nodes)}
         self._readers: dict[str, tuple[Edge, ...]] = self._read()
-        self._types, self._shapes, self.notes = _inferred(proto)
+        self._types, self._shapes, self.notes = _inferred(proto, self.nodes)
         self._complete_types()
         self._constants = self._find_constants()
 
@@ -494,12 +494,14 @@ def _captured_edges(node: NodeProto, scope: tuple[str, ...]) -> Iterator[tuple[s
                 yield value.name, Edge(inner, value.name, GRAPH_OUTPUT)
 
 
-def _inferred(proto: ModelProto) -> tuple[dict[str, int], dict[str, tuple[int | None, ...]], tuple[str, ...]]:
-    """Element types and shapes of all tensors, by onnx's shape inference on a copy without the weights' data.
+def _inferred(
+    proto: ModelProto, nodes: Iterable[Node]
+) -> tuple[dict[str, int], dict[str, tuple[int | None, ...]], tuple[str, ...]]:
+    """Element types and shapes of all tensors, by onnx's shape inference on a sorted copy without the weights' data.
 
     The third part says why there is little of both, where inference failed.
     """
-    skeleton = _skeleton(proto)
+    skeleton = _skeleton(proto, nodes)
     notes: tuple[str, ...] = ()
     try:
         inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
@@ -519,13 +521,13 @@ def _inferred(proto: ModelProto) -> tuple[dict[str, int], dict[str, tuple[int | 
     return types, shapes, notes
 
 
-def _skeleton(proto: ModelProto) -> ModelProto:
+def _skeleton(proto: ModelProto, nodes: Iterable[Node]) -> ModelProto:
     skeleton = ModelProto(ir_version=proto.ir_version)
     skeleton.opset_import.extend(proto.opset_import)
     skeleton.functions.extend(proto.functions)
     graph = skeleton.graph
     graph.name = proto.graph.name
-    graph.node.extend(proto.graph.node)
+    graph.node.extend(node.proto for node in nodes)
     graph.input.extend(proto.graph.input)
     graph.output.extend(proto.graph.output)
     graph.value_info.extend(proto.graph.value_info)

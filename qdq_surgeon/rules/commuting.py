@@ -41,9 +41,12 @@ def commutes(node: Node, graph: Graph) -> bool:
 
 
 def moved_from(tensor: str, graph: Graph) -> str | None:
-    """The tensor whose values `tensor` holds, one commuting op upstream, or None."""
+    """The activation whose values `tensor` holds, one commuting op upstream, or None."""
     node = graph.producer(tensor)
-    return node.inputs[0] if node and commutes(node, graph) and graph.is_float(node.inputs[0]) else None
+    if node is None or not commutes(node, graph):
+        return None
+    source = node.inputs[0]
+    return source if graph.is_float(source) and not graph.is_constant(source) else None
 
 
 def _pads_with_zero(node: Node, graph: Graph) -> bool:

@@ -148,8 +148,12 @@ class _Planner:
                 self._ranges.setdefault(tensor, bounds)
         if rule.share:
             tensors = tuple(dict.fromkeys(t for s in rule.share for t in _bound(match, s.name).tensors))
-            own = tuple(e for e in self._edges(rule.share, match) if self._decided[e].rule == rule.name)
+            own = tuple(edge for edge in self._edges(rule.share, match) if self._rule_of(edge) == rule.name)
             self._shares.append(Share(rule.name, tensors, own, rule.share_within))
+
+    def _rule_of(self, edge: Edge) -> str | None:
+        decision = self._decided.get(edge)
+        return decision.rule if decision else None
 
     def _vetoed(self, node: Node, wanted: tuple[Edge, ...]) -> bool:
         return node.first_output in self._out or any(edge.reader in self._out for edge in wanted)
@@ -257,8 +261,10 @@ class _Planner:
     def _misses(self) -> Iterator[Miss]:
         """In the order of the nodes, each with the one edge of its node that a report can point to."""
         for missed in sorted(self._missed, key=lambda missed: self.graph.position(missed.node.first_output)):
-            near = any(edge not in self._decided for edge in missed.wanted)
-            yield Miss(missed.rule.name, missed.node.edges[0], missed.reason, near)
+            near = any(edge not in self._decided and self.graph.is_float(self._tensor(edge)) for edge in missed.wanted)
+            node = missed.node
+            edge = Edge((), node.first_output, 0, node.op, node.name)
+            yield Miss(missed.rule.name, edge, missed.reason, near)
 
 
 def _bound(match: Match, name: str) -> Bound:

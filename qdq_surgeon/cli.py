@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .edges import Plan
+from .edges import Plan, count
 from .errors import PlanError, QdqError
 
 if TYPE_CHECKING:
@@ -195,8 +196,9 @@ def _insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
         raise QdqError("--explain goes with --plan")
     if options.no_compare and (options.min_sqnr is not None or options.min_agreement is not None):
         raise QdqError("--min-sqnr and --min-agreement need the comparison: leave --no-compare out")
-    output = _output(options)
     model = _load(options)
+    output = _output(options)
+    _check_json(options, output)
     plan = _read_plan(options.plan_file) if options.plan_file else _make_plan(model, options)
     for note in (*model.notes, *model.graph.notes):
         say(f"note: {note}")
@@ -216,9 +218,10 @@ def _insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
             progress=progress,
         )
     origin = result.scales.origin
-    if origin.synthetic and plan.sites:
+    if origin.synthetic and any(not site.weight for site in plan.sites):
         _shout(SYNTHETIC_WARNING)
-    say(f"calibrated by {result.scales.method} on {origin.samples} samples of {origin.data}")
+    if origin.samples:
+        say(f"calibrated by {result.scales.method} on {count(origin.samples, 'sample')} of {origin.data}")
     _say_dropped(result.scales.dropped, say)
     if result.comparison:
         say(result.comparison)
@@ -233,6 +236,7 @@ def _plan(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     from .report.explain import explain
 
     model = _load(options)
+    _check_json(options)
     plan = _make_plan(model, options)
     say(explain(plan, model.graph, options.explain) if options.explain else plan)
     if options.json:
@@ -247,6 +251,7 @@ def _calibrate(options: argparse.Namespace, say: Callable[[object], None]) -> in
     from .report.tables import table
 
     model = _load(options)
+    _check_json(options)
     plan = _make_plan(model, options)
     with _progress_bar(options) as progress:
         statistics = pipeline.calibrate(
@@ -260,7 +265,7 @@ def _calibrate(options: argparse.Namespace, say: Callable[[object], None]) -> in
         for name, s in statistics.tensors.items()
     }
     rows = [(name, *(f"{value:.5g}" for value in row.values())) for name, row in ranges.items()]
-    say(f"{len(ranges)} tensors over {statistics.origin.samples} samples of {statistics.origin.data}")
+    say(f"{len(ranges)} tensors over {count(statistics.origin.samples, 'sample')} of {statistics.origin.data}")
     say(table(("tensor", "min", "max", *methods), rows))
     if options.json:
         _write_json_value(options.json, {"samples": statistics.origin.samples, "ranges": ranges})
@@ -273,6 +278,7 @@ def _compare(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     from .model import load
 
     _check_gates(options)
+    _check_json(options)
     model, quantized = load(options.model), load(options.quantized)
     with _progress_bar(options) as progress:
         comparison = pipeline.compare(model, quantized, options.data, shapes=dict(options.shapes), progress=progress)
@@ -347,6 +353,19 @@ def _output(options: argparse.Namespace) -> Path:
     return output
 
 
+def _check_json(options: argparse.Namespace, output: Path | None = None) -> None:
+    """Refuse, before any work, a report that would overwrite a model or cannot be written."""
+    path: Path | None = options.json
+    if path is None:
+        return
+    if path.is_dir() or not path.parent.is_dir():
+        raise QdqError(f"--json {path}: name a file in a folder that exists")
+    if path.exists() and path.samefile(options.model):
+        raise QdqError(f"--json {path} is the input itself, which is never overwritten")
+    if output is not None and path.absolute() == output.absolute():
+        raise QdqError(f"--json {path} is the output of the model too: name another file")
+
+
 def _check_gates(options: argparse.Namespace) -> None:
     if options.min_agreement is not None and not 0 <= options.min_agreement <= 1:
         raise QdqError(f"--min-agreement is a share between 0 and 1, not {options.min_agreement:g}")
@@ -390,12 +409,12 @@ def _write_json_value(path: Path, content: Any) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity: an SQNR without noise becomes null."""
+    """JSON has no infinity and no NaN: an SQNR without noise becomes null."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
-    return None if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write_text(path: Path, text: str) -> None:

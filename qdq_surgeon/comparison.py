@@ -13,6 +13,7 @@ from onnx import ModelProto
 
 from .calibration.feeds import Batch
 from .calibration.taps import Progress, Session
+from .errors import ModelError
 from .report.tables import decibels, share, table
 
 
@@ -74,11 +75,14 @@ def compare_models(
 ) -> Comparison:
     """Run both models over the batches, one at a time, and compare every output that is a tensor of numbers.
 
-    Raises ModelError where onnxruntime refuses a model, DataError where it cannot run it.
+    Raises ModelError where onnxruntime refuses a model or their outputs differ in name or shape,
+    DataError where it cannot run it.
     """
     sessions = Session(reference), Session(quantized, simulate=True)
-    names = [name for name in sessions[0].outputs if name in sessions[1].outputs]
-    measured = {name: _Measured() for name in names}
+    names = sessions[0].outputs
+    if names != sessions[1].outputs:
+        raise ModelError(f"the models have different outputs: {', '.join(names)} and {', '.join(sessions[1].outputs)}")
+    measured = {name: _Measured(name) for name in names}
     done = 0
     for batch in batches:
         pairs = zip(*(session.run(batch, names) for session in sessions), strict=True)
@@ -88,14 +92,14 @@ def compare_models(
         done += batch.samples
         if progress:
             progress("compare", done, None)
-    outputs = tuple(measured[name].result(name) for name in names if measured[name].numbers)
-    return Comparison(outputs, done, data, held_out)
+    return Comparison(tuple(m.result() for m in measured.values() if m.numbers), done, data, held_out)
 
 
 class _Measured:
     """Running sums over one output."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.numbers = False
         self._signal = self._noise = self._product = self._power = self._error = 0.0
         self._same = self._rows = 0
@@ -104,24 +108,37 @@ class _Measured:
     def add(self, expected: Any, actual: Any) -> None:
         if not isinstance(expected, np.ndarray) or expected.dtype.kind not in "biufV":
             return
+        if expected.shape != actual.shape:
+            shapes = f"{list(expected.shape)} and {list(actual.shape)}"
+            raise ModelError(f"the models' outputs '{self.name}' have different shapes: {shapes}")
         self.numbers = True
         left, right = expected.astype(np.float64), actual.astype(np.float64)
+        self._scores = self._scores and expected.dtype.kind in "fV" and _looks_like_scores(expected.shape)
+        if self._scores:
+            self._same += int(np.sum(_top1(left) == _top1(right)))
+            self._rows += len(left)
+        self._sum(left, right)
+
+    def _sum(self, left: NDArray[np.float64], right: NDArray[np.float64]) -> None:
+        """Add up what is finite in both; where only one is, or infinities differ, the error has no bound."""
+        finite = np.isfinite(left) & np.isfinite(right)
+        if not finite.all():
+            same = (left == right) | (np.isnan(left) & np.isnan(right))
+            bound = 0.0 if (finite | same).all() else math.inf
+            self._noise += bound
+            self._error = max(self._error, bound)
+            left, right = left[finite], right[finite]
         error = left - right
         self._signal += float(np.sum(left * left))
         self._power += float(np.sum(right * right))
         self._product += float(np.sum(left * right))
         self._noise += float(np.sum(error * error))
         self._error = max(self._error, float(np.max(np.abs(error), initial=0)))
-        self._scores = self._scores and expected.dtype.kind in "fV" and _looks_like_scores(expected.shape)
-        if self._scores:
-            rows = len(left)
-            self._same += int(np.sum(_top1(left) == _top1(right)))
-            self._rows += rows
 
-    def result(self, name: str) -> OutputComparison:
+    def result(self) -> OutputComparison:
         norms = math.sqrt(self._signal * self._power)
         return OutputComparison(
-            name,
+            self.name,
             sqnr=_decibels(self._signal, self._noise),
             cosine=self._product / norms if norms else float(self._signal == self._power),
             max_error=self._error,
@@ -141,4 +158,4 @@ def _top1(scores: NDArray[Any]) -> NDArray[Any]:
 def _decibels(signal: float, noise: float) -> float:
     if noise == 0:
         return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
+    return 10 * math.log10(signal / noise) if signal and math.isfinite(noise) else -math.inf

@@ -127,7 +127,7 @@ class Model:
         """SHA-256 over opsets, nodes, initializers, inputs and outputs; not over metadata or stored order."""
         whole = hashlib.sha256()
         parts = [proto.SerializeToString(deterministic=True) for proto in self.proto.opset_import]
-        parts += [proto.SerializeToString(deterministic=True) for proto in self.proto.graph.node]
+        parts += map(_node_bytes, self.proto.graph.node)
         parts += [_tensor_digest(tensor) for tensor in self.proto.graph.initializer]
         parts += [proto.SerializeToString(deterministic=True) for proto in self.proto.graph.sparse_initializer]
         for part in sorted(parts):
@@ -367,15 +367,18 @@ def _read_file(path: Path) -> ModelProto:
     if path.is_dir():
         raise ModelError(f"{path} is a folder: give the .onnx file in it")
     try:
-        return onnx.load(path)
-    except FileNotFoundError as error:
-        raise ModelError(f"{path}: its external data is missing: {_one_line(error)}") from error
+        proto = onnx.load(path, load_external_data=False)
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:
         raise ModelError(
             f"{path} is not a whole ONNX file ({_one_line(error)}): export or download it again"
         ) from error
+    try:
+        onnx.load_external_data_for_model(proto, str(path.parent))
+    except Exception as error:
+        raise ModelError(f"{path}: its external data is missing: {_one_line(error)}") from error
+    return proto
 
 
 def _prepared(proto: ModelProto, path: Path | None) -> Model:
@@ -413,7 +416,11 @@ def _raised(proto: ModelProto, name: str) -> tuple[ModelProto, tuple[str, ...]]:
 
 def _has_half(proto: ModelProto) -> bool:
     types = {tensor.data_type for tensor in proto.graph.initializer}
-    types |= {tensor_type(value)[0] or 0 for value in proto.graph.input}
+    values = (*proto.graph.input, *proto.graph.value_info, *proto.graph.output)
+    types |= {tensor_type(value)[0] or 0 for value in values}
+    attributes = [item for node in proto.graph.node for item in node.attribute]
+    types |= {item.i for item in attributes if item.name in ("to", "dtype")}
+    types |= {item.t.data_type for item in attributes if item.name == "value"}
     return bool(types & HALF_TYPES)
 
 
@@ -441,7 +448,18 @@ def _converted(proto: ModelProto, opset: int) -> ModelProto:
         graph.node.append(node)
     have = {tensor.name for tensor in graph.initializer}
     graph.initializer.extend(tensor for tensor in converted.graph.initializer if tensor.name not in have)
+    if proto.functions:
+        onnx.checker.check_model(result)  # a function keeps its opset, which may not go with the new one
     return result
+
+
+def _node_bytes(node: NodeProto) -> bytes:
+    """A node without its metadata and doc string."""
+    bare = NodeProto()
+    bare.CopyFrom(node)
+    del bare.metadata_props[:]
+    bare.ClearField("doc_string")
+    return bytes(bare.SerializeToString(deterministic=True))
 
 
 def _tensor_digest(tensor: TensorProto) -> bytes:

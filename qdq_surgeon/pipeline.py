@@ -26,11 +26,12 @@ from .rules.predicates import PairPredicate, Predicate
 from .scales import Scales, choose_scales, tensors_to_calibrate
 
 VERSION = version("qdq-surgeon")
+NO_SCALES = Scales("none", Origin("no data", "", 0), "", {})
 
 
 @dataclass(frozen=True)
 class Result:
-    """What `quantize` returns. `comparison` is None where it was left out."""
+    """What `quantize` returns. `comparison` is None where it was left out, or where nothing was quantized."""
 
     model: ModelProto
     plan: Plan
@@ -87,6 +88,12 @@ def apply(
     """The line from a plan on: calibrate, choose, insert, compare. See `quantize`."""
     range_method(method)  # a wrong name should not cost a calibration
     source = load(model)
+    check_plan(source, the_plan)
+    if not the_plan.sites:
+        return Result(insert(source, the_plan, NO_SCALES), the_plan, NO_SCALES)
+    if not compare and not tensors_to_calibrate(the_plan):
+        scales = choose_scales(source, the_plan, Statistics({}, source.digest, NO_SCALES.origin), method)
+        return Result(insert(source, the_plan, scales), the_plan, scales)
     split = Split(_feeds(source, data, shapes), samples)
     statistics = _collect(source, the_plan, split, progress)
     scales = choose_scales(source, the_plan, statistics, method)
@@ -172,7 +179,7 @@ def _feeds(source: Model, data: Data | None, shapes: Shapes | None) -> feeds.Fee
 
 def _collect(source: Model, the_plan: Plan, split: Split, progress: Progress | None) -> Statistics:
     check_plan(source, the_plan)
-    tensors = taps.collect(source, tensors_to_calibrate(the_plan), split, split.expected, progress)
+    tensors = taps.collect(source, tensors_to_calibrate(the_plan), split, split.most, progress)
     origin = Origin(split.feeds.source, split.digest, split.samples, split.feeds.synthetic)
     return Statistics(tensors, source.digest, origin)
 

@@ -22,6 +22,7 @@ from .calibration.statistics import Origin, Statistic, Statistics
 from .edges import Edge, Plan, Site
 from .errors import DataError, ModelError, PlanError
 from .model import HALF_TYPES, Graph, Model
+from .rules.planner import check_plan
 
 SMALLEST_NORMAL: dict[int, float] = {
     TensorProto.FLOAT: 2.0**-126,
@@ -52,6 +53,7 @@ class Scales:
         for (tensor, axis), scale in self.values.items():
             channels = f" for {scale.size} channels" if axis is not None else ""
             lines.append(f"  {tensor}: {float(scale.min()):.6g}{channels}")
+        lines += [f"  {edge} stays float: {reason}" for edge, reason in self.dropped.items()]
         return "\n".join(lines)
 
 
@@ -67,6 +69,7 @@ def choose_scales(model: Model, plan: Plan, statistics: Statistics, method: str 
     Raises PlanError where the statistics are of another model or lack a tensor, DataError where a tensor never held
     a finite value, ModelError where a weight holds NaN or infinity.
     """
+    check_plan(model, plan)
     if statistics.model_digest != model.digest:
         raise PlanError("the statistics belong to another model: calibrate this one")
     threshold = range_method(method)

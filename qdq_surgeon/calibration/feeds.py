@@ -49,6 +49,11 @@ class Input:
     shape: tuple[int | str | None, ...] | None
 
     @property
+    def is_open(self) -> bool:
+        """True where the model takes any number of samples along axis 0."""
+        return self.shape is None or (len(self.shape) > 0 and not isinstance(self.shape[0], int))
+
+    @property
     def batch(self) -> int | None:
         """The declared size of axis 0; None where it is open."""
         return self.shape[0] if self.shape and isinstance(self.shape[0], int) else None
@@ -60,7 +65,12 @@ class Batch:
 
     feed: dict[str, NDArray[Any]]
     samples: int
-    divisible: bool = False
+    along: frozenset[str] = frozenset()
+    """The inputs whose axis 0 may be cut: those whose batch the model leaves open."""
+
+    @property
+    def divisible(self) -> bool:
+        return self.samples > 1 and bool(self.along)
 
     @property
     def nbytes(self) -> int:
@@ -70,8 +80,9 @@ class Batch:
         """The samples from `start` to `stop`; the whole batch where the model does not allow to cut it."""
         if not self.divisible or (start <= 0 and stop >= self.samples):
             return self
-        feed = {name: array[start:stop] if _rows(array) == self.samples else array for name, array in self.feed.items()}
-        return Batch(feed, min(stop, self.samples) - start, self.divisible)
+        cut = {name for name in self.along if _rows(self.feed[name]) == self.samples}
+        feed = {name: array[start:stop] if name in cut else array for name, array in self.feed.items()}
+        return Batch(feed, min(stop, self.samples) - start, self.along)
 
 
 @dataclass(frozen=True)
@@ -122,19 +133,15 @@ class Split:
         return str(self._hash.hexdigest())
 
     @property
-    def expected(self) -> int | None:
-        """About how many samples will calibrate; None where nothing tells."""
-        total = self.feeds.total
-        if total is None or self.limit is not None:
-            return self.limit if total is None else min(total, self.limit or total)
-        return (
-            total - min(total // HELD_OUT_EVERY, SHELF_SAMPLES) if self.hold_out and total >= ENOUGH_SAMPLES else total
-        )
+    def most(self) -> int | None:
+        """At most how many samples will calibrate; None where nothing tells."""
+        known = [number for number in (self.feeds.total, self.limit) if number is not None]
+        return min(known, default=None)
 
     def __iter__(self) -> Iterator[Batch]:
         seen, held = _Shelf(), _Shelf()
         for index, batch in enumerate(self.feeds.batches):
-            enough = self.limit is not None and self.samples >= self.limit
+            enough = self._is_enough(batch)
             in_turn = self.limit is None and index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
             if self.hold_out and held.has_room and (enough or in_turn):
                 held.add(batch)
@@ -149,6 +156,12 @@ class Split:
             raise DataError(f"{self.feeds.source} holds no samples: give at least one")
         self.held_out = bool(held.batches)
         self.evaluation = held.batches or seen.batches
+
+    def _is_enough(self, batch: Batch) -> bool:
+        """True where the limit is reached, or where a batch that cannot be cut would exceed it."""
+        if self.limit is None or not self.samples:
+            return False
+        return self.samples + (1 if batch.divisible else batch.samples) > self.limit
 
     def _used(self, batch: Batch, seen: _Shelf) -> Batch:
         self.samples += batch.samples
@@ -243,16 +256,24 @@ def _read_test_set(folder: Path, inputs: tuple[Input, ...]) -> Batch:
 
 def _read_arrays(path: Path, inputs: tuple[Input, ...]) -> dict[str, NDArray[Any]]:
     try:
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {_only(inputs, str(path)).name: loaded}
-        with loaded:
-            arrays = {name: loaded[name] for name in loaded.files}
-    except DataError:
-        raise
+        arrays = _load_arrays(path)
     except Exception as error:
-        raise DataError(f"{path} is not a whole .npz or .npy file ({error}): save it with numpy.savez") from error
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path} is not a whole .npz or .npy file ({reason}): save it with numpy.savez") from error
+    if not isinstance(arrays, dict):
+        return {_only(inputs, str(path)).name: arrays}
     return {inputs[0].name: arrays["arr_0"]} if list(arrays) == ["arr_0"] and len(inputs) == 1 else arrays
+
+
+def _load_arrays(path: Path) -> NDArray[Any] | dict[str, NDArray[Any]]:
+    """An .npy stays on disk, mapped; an .npz is read."""
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            mapped: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+            return mapped
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
 
 
 def _only(inputs: tuple[Input, ...], source: str) -> Input:
@@ -267,52 +288,44 @@ def _only(inputs: tuple[Input, ...], source: str) -> Input:
 def _from_arrays(arrays: Mapping[str, Any], inputs: tuple[Input, ...], source: str) -> Feeds:
     """Cut arrays with the samples along axis 0 into batches. One input's single batch serves every batch."""
     _check_names(arrays, inputs, source)
-    cuts = {
-        declared.name: _cuts(_array(arrays[declared.name], declared, source), declared, source) for declared in inputs
-    }
+    cuts = {d.name: _cuts(_array(arrays[d.name], d, source), d, source) for d in inputs}
     counts = {name: len(pieces) for name, pieces in cuts.items() if len(pieces) != 1}
     if len(set(counts.values())) > 1:
         sizes = ", ".join(f"{name} {_rows(np.asarray(arrays[name]))}" for name in counts)
         raise DataError(f"{source}: the inputs have different numbers of samples ({sizes})")
     number = next(iter(counts.values()), 1)
+    open_batches = [cuts[declared.name] for declared in inputs if declared.is_open]
+    fixed = (inputs[0].batch or 1 if inputs else 1) * number
+    total = max((sum(rows for rows, _ in pieces) for pieces in open_batches), default=fixed)
 
     def batches() -> Iterator[Batch]:
         for index in range(number):
-            feed = {name: pieces[index if len(pieces) > 1 else 0]() for name, pieces in cuts.items()}
+            feed = {name: pieces[index if len(pieces) > 1 else 0][1]() for name, pieces in cuts.items()}
             yield _batch(feed, inputs, f"{source}, batch {index}")
 
-    total = max((_samples_in(arrays[d.name], d) for d in inputs), default=0)
     return Feeds(batches(), source, total)
 
 
-def _samples_in(array: Any, declared: Input) -> int:
-    shape = np.shape(array)
-    return int(shape[0]) if shape and declared.shape != () else 1
-
-
-def _cuts(array: NDArray[Any], declared: Input, source: str) -> list[Callable[[], NDArray[Any]]]:
-    """The pieces of one input's array, each read when its turn comes."""
+def _cuts(array: NDArray[Any], declared: Input, source: str) -> list[tuple[int, Callable[[], NDArray[Any]]]]:
+    """The pieces of one input's array: how many rows each has, and how to read it when its turn comes."""
     rank = None if declared.shape is None else len(declared.shape)
-    if rank == array.ndim == 0:
-        return [lambda: array]
+    if array.ndim == 0 and rank in (0, None):
+        return [(1, lambda: array)]
     if array.ndim == 0:
         raise DataError(f"{source}: '{declared.name}' is a single number, but the model wants {_shape_text(declared)}")
     if not len(array):
         raise DataError(f"{source}: '{declared.name}' is empty")
     if rank is not None and array.ndim == rank + 1:
-        return [lambda i=i: array[i] for i in range(len(array))]  # type: ignore[misc]
+        return [(array.shape[1] if rank else 1, lambda i=i: array[i]) for i in range(len(array))]  # type: ignore[misc]
     size = declared.batch or DYNAMIC_BATCH
     whole = len(array) // size * size if declared.batch else len(array)
     if not whole:
         raise DataError(f"{source}: '{declared.name}' has {len(array)} samples, but the model's batch is {size}")
     if whole < len(array):
-        log.warning(
-            "%s: the last %d samples do not fill the model's batch of %d and are left out",
-            source,
-            len(array) - whole,
-            size,
-        )
-    return [lambda i=i: array[i : min(i + size, whole)] for i in range(0, whole, size)]  # type: ignore[misc]
+        left = len(array) - whole
+        log.warning("%s: the last %d samples do not fill the model's batch of %d and are left out", source, left, size)
+    starts = range(0, whole, size)
+    return [(min(size, whole - i), lambda i=i: array[i : min(i + size, whole)]) for i in starts]  # type: ignore[misc]
 
 
 def _from_iterable(data: Iterable[Mapping[str, Any]], inputs: tuple[Input, ...]) -> Iterator[Batch]:
@@ -328,28 +341,35 @@ def _batch(feed: Mapping[str, NDArray[Any]], inputs: tuple[Input, ...], source: 
     """Check one feed against the model's inputs and give it the declared types."""
     _check_names(feed, inputs, source)
     checked = {declared.name: _checked(feed[declared.name], declared, source) for declared in inputs}
-    open_batches = [declared for declared in inputs if declared.shape and declared.batch is None]
-    samples = max((_rows(checked[declared.name]) for declared in open_batches), default=0)
-    if open_batches:
-        return Batch(checked, samples, divisible=samples > 1)
-    return Batch(checked, inputs[0].batch or 1 if inputs else 1)
+    along = frozenset(declared.name for declared in inputs if declared.is_open)
+    if not along:
+        return Batch(checked, inputs[0].batch or 1 if inputs else 1)
+    return Batch(checked, max(_rows(checked[name]) for name in along), along)
 
 
 def _checked(array: NDArray[Any], declared: Input, source: str) -> NDArray[Any]:
     where = f"{source}: '{declared.name}'"
     if array.dtype != declared.dtype and not np.can_cast(array.dtype, declared.dtype, "same_kind"):
         raise DataError(f"{where} holds {array.dtype}, but the model wants {declared.dtype}: convert it")
-    fits = declared.shape is None or (
-        array.ndim == len(declared.shape)
-        and all(
-            not isinstance(want, int) or want == have for want, have in zip(declared.shape, array.shape, strict=True)
-        )
-    )
-    if not fits:
+    if not _fits(array.shape, declared):
         raise DataError(f"{where} has shape {list(array.shape)}, but the model wants {_shape_text(declared)}")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise DataError(f"{where} holds NaN or infinity: clean the data")
-    return np.ascontiguousarray(array, declared.dtype)
+    with np.errstate(over="ignore"):
+        cast = np.asarray(array, declared.dtype, order="C")
+    exceeds = (
+        not np.isfinite(cast).all() if cast.dtype.kind == "f" else cast.dtype.kind in "iu" and (cast != array).any()
+    )
+    if exceeds:
+        raise DataError(f"{where} holds numbers beyond {declared.dtype}, which the model wants")
+    return cast
+
+
+def _fits(shape: tuple[int, ...], declared: Input) -> bool:
+    if declared.shape is None:
+        return True
+    pairs = zip(declared.shape, shape, strict=False)
+    return len(shape) == len(declared.shape) and all(not isinstance(want, int) or want == have for want, have in pairs)
 
 
 def _check_names(given: Mapping[str, Any], inputs: tuple[Input, ...], source: str) -> None:
@@ -381,9 +401,12 @@ def _synthetic(
     inputs: tuple[Input, ...], shapes: Shapes, runs: Callable[[dict[str, NDArray[Any]]], bool] | None
 ) -> Iterator[Batch]:
     """Seeded normal values for floats, 0 and 1 for integers. Unknown sizes: `shapes`, else the first that runs."""
-    for name in shapes:
-        if name not in {declared.name for declared in inputs}:
-            raise DataError(f"--shapes: the model has no input '{name}'.{nearest(name, [d.name for d in inputs])}")
+    by_name = {declared.name: declared for declared in inputs}
+    for name, shape in shapes.items():
+        if name not in by_name:
+            raise DataError(f"--shapes: the model has no input '{name}'.{nearest(name, by_name)}")
+        if not _fits(shape, by_name[name]):
+            raise DataError(f"--shapes: '{name}' has {list(shape)}, but the model wants {_shape_text(by_name[name])}")
     generator = np.random.default_rng(0)
     size = next(
         (size for size in SYNTHETIC_SIZES if runs is None or runs(_made_up(inputs, shapes, size, generator))),

@@ -76,8 +76,10 @@ def percentile(statistic: Statistic, percent: float = DEFAULT_PERCENTILE) -> flo
     total = np.cumsum(buckets.count)
     wanted = percent / 100 * total[-1]
     index = min(int(np.searchsorted(total, wanted)), len(total) - 1)
+    if not buckets.low[index]:  # among the zeros: no range at all
+        return statistic.amax
     share = 1 - (total[index] - wanted) / buckets.count[index]
-    return float(buckets.low[index] + share * (buckets.high[index] - buckets.low[index])) or statistic.amax
+    return float(buckets.low[index] + share * (buckets.high[index] - buckets.low[index]))
 
 
 def mse(statistic: Statistic) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any, TypeAlias
 
 import onnxruntime as ort
@@ -57,7 +56,7 @@ class Session:
                     raise DataError(f"onnxruntime cannot run the model on the data: {_reason(error)}") from error
             log.info("the model does not run on %d samples at once: one at a time from here on", batch.samples)
             self._whole = False
-        single = [replace(batch.part(index, index + 1), divisible=False) for index in range(batch.samples)]
+        single = [batch.part(index, index + 1) for index in range(batch.samples)]
         return [outputs for part in single for outputs in self.run(part, names)]
 
     def runs(self, feed: dict[str, NDArray[Any]]) -> bool:
@@ -98,7 +97,7 @@ def collect(
                 counted[name].add(array)
         done += batch.samples
         if progress:
-            progress("calibrate", done, total)
+            progress("calibrate", done, None if total is None else max(done, total))
     return {name: accumulator.result() for name, accumulator in counted.items()}
 
 

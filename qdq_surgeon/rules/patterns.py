@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
+import numpy as np
 import onnx
 
 from ..edges import Edge
@@ -139,8 +140,6 @@ class _Context:
 def _match_tensor(pattern: TensorPattern, tensor: str, edge: Edge, context: _Context, match: Match) -> Iterator[Match]:
     if isinstance(pattern, Maybe):
         yield from _match_tensor(pattern.pattern, tensor, edge, context, match)
-    elif isinstance(pattern, AnyTensor):
-        yield from _bind(match, pattern.name, tensor, edge)
     else:
         yield from _match_made(pattern, tensor, edge, context.graph.producer(tensor), context, match)
 
@@ -148,7 +147,9 @@ def _match_tensor(pattern: TensorPattern, tensor: str, edge: Edge, context: _Con
 def _match_made(
     pattern: TensorPattern, tensor: str, edge: Edge | None, node: Node | None, context: _Context, match: Match
 ) -> Iterator[Match]:
-    if isinstance(pattern, Either):
+    if isinstance(pattern, AnyTensor):
+        yield from _bind(match, pattern.name, tensor, edge)
+    elif isinstance(pattern, Either):
         for option in pattern.options:
             for found in _match_made(option, tensor, edge, node, context, match):
                 yield from _bind(found, pattern.name, tensor, edge)
@@ -163,7 +164,16 @@ def _match_made(
 def _fits(pattern: OpPattern, node: Node) -> bool:
     if pattern.ops is not None and node.op not in pattern.ops:
         return False
-    return all(node.attribute(name) == value for name, value in pattern.attributes.items())
+    return all(_equal(node.attribute(name), value) for name, value in pattern.attributes.items())
+
+
+def _equal(stored: Any, wanted: Any) -> bool:
+    """Equality of attributes; ONNX stores floats as float32."""
+    if isinstance(stored, list) and isinstance(wanted, list):
+        return len(stored) == len(wanted) and all(map(_equal, stored, wanted))
+    if isinstance(stored, float) and isinstance(wanted, (int, float)):
+        return bool(np.float32(stored) == np.float32(wanted))
+    return bool(stored == wanted)
 
 
 def _match_inputs(pattern: OpPattern, node: Node, context: _Context, match: Match) -> Iterator[Match]:
@@ -283,9 +293,15 @@ def _op(function: ast.expr) -> str | None:
             return None
         case ast.Name(name):
             return _known_op(name)
-        case ast.Attribute(domain, name):
+        case ast.Attribute(domain, name) if _is_dotted_name(domain):
             return f"{ast.unparse(domain)}::{name}"
     raise PlacementError(f"{ast.unparse(function)!r} is no op: write Op(...) or (Op | Op)(...)")
+
+
+def _is_dotted_name(tree: ast.expr) -> bool:
+    while isinstance(tree, ast.Attribute):
+        tree = tree.value
+    return isinstance(tree, ast.Name)
 
 
 def _known_op(name: str) -> str:

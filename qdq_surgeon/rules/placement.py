@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import inspect
+import math
+import os
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -113,7 +115,10 @@ class _Reader:
         self._open: list[str] = []
 
     def read(self, name: str, beside: Path | None) -> Iterator[Rule]:
-        label, text, folder = _find(name, beside)
+        try:
+            label, text, folder = _find(name, beside)
+        except PlacementError as error:
+            raise PlacementError(f"{self._open[-1]}: {error}" if self._open else str(error)) from None
         if label in self._open:
             raise PlacementError(f"{label} includes itself ({' -> '.join([*self._open, label])})")
         try:
@@ -209,7 +214,7 @@ def _find(name: str, beside: Path | None) -> tuple[str, str, Path | None]:
     for path in ([beside / name] if beside else []) + [Path(name)]:
         if looks_like_file and path.is_file():
             try:
-                return str(path), path.read_text(encoding="utf-8"), path.parent
+                return os.path.normpath(path), path.read_text(encoding="utf-8"), path.parent
             except (OSError, UnicodeDecodeError) as error:
                 raise PlacementError(f"{path} cannot be read: {error}") from None
     if looks_like_file:
@@ -244,7 +249,7 @@ def _share(value: Any, where: str) -> tuple[Any, float | None]:
     if not isinstance(value, dict):
         return value, None
     within = value.get("within")
-    if set(value) != {"of", "within"} or not isinstance(within, (int, float)) or within < 1:
+    if set(value) != {"of", "within"} or not isinstance(within, (int, float)) or not 1 <= within < math.inf:
         raise PlacementError(f"{where}: share is a list of names, or {{ of = [...], within = 4 }} with a factor >= 1")
     return value["of"], float(within)
 
@@ -273,7 +278,7 @@ def _ranges(value: Any, names: set[str], where: str) -> dict[str, tuple[float, f
     ranges = {}
     for name, bounds in value.items():
         _known(name, names, f"{where}: range")
-        numbers = isinstance(bounds, list) and all(isinstance(bound, (int, float)) for bound in bounds)
+        numbers = isinstance(bounds, list) and all(isinstance(b, (int, float)) and math.isfinite(b) for b in bounds)
         if not numbers or len(bounds) != 2 or not bounds[0] < bounds[1]:
             raise PlacementError(f"{where}: the range of {name} is written [low, high], not {bounds!r}")
         ranges[name] = (float(bounds[0]), float(bounds[1]))

@@ -117,7 +117,7 @@ class _Planner:
     def _check(self, rule: Rule, match: Match) -> tuple[int, str]:
         for held, condition in enumerate(rule.where):
             for subjects in self._subjects(condition, match):
-                if condition.holds(self, *subjects) is condition.negated:
+                if bool(condition.holds(self, *subjects)) is condition.negated:
                     return held, _failed(condition, subjects)
         return len(rule.where), ""
 
@@ -137,12 +137,15 @@ class _Planner:
             if node is not None:
                 self._missed.append(_Missed(rule, node, reason, wanted))
             return
-        if node is not None and self._vetoed(node, wanted):
-            for edge in wanted:
-                self._decided.setdefault(edge, _Decision(FILTER_RULE, quantized=False))
-            return
+        captured = self._edges(tuple(selector for selector in rule.quantize if not selector.outputs), match)
+        vetoed = node is not None and node.first_output in self._out
+        vetoed = vetoed or any(edge.reader in self._out for edge in captured)
         for edge in wanted:
-            self._decided.setdefault(edge, _Decision(rule.name, quantized=True, axis=self._axis(edge, axes)))
+            out = edge.reader in self._out or (vetoed and edge in captured)
+            decision = _Decision(FILTER_RULE if out else rule.name, not out, None if out else self._axis(edge, axes))
+            self._decided.setdefault(edge, decision)
+        if vetoed:
+            return
         for name, bounds in rule.range.items():
             for tensor in _bound(match, name).tensors:
                 self._ranges.setdefault(tensor, bounds)
@@ -154,9 +157,6 @@ class _Planner:
     def _rule_of(self, edge: Edge) -> str | None:
         decision = self._decided.get(edge)
         return decision.rule if decision else None
-
-    def _vetoed(self, node: Node, wanted: tuple[Edge, ...]) -> bool:
-        return node.first_output in self._out or any(edge.reader in self._out for edge in wanted)
 
     def _refused(self, rule: Rule, match: Match, wanted: tuple[Edge, ...], axes: Mapping[Edge, int]) -> str:
         """Why an atomic match cannot be applied, or ''."""

@@ -22,6 +22,7 @@ ACTIVATIONS = frozenset(
         "Celu",
         "Clip",
         "Elu",
+        "Erf",
         "Gelu",
         "HardSigmoid",
         "HardSwish",
@@ -179,8 +180,6 @@ def deeper_than(view: View, it: Subject, other: Subject) -> bool:
     """The first branch has the longer path to the common ancestor, or is the only one that can fuse."""
     if not (single_use(view, other) and fused_branch(view, other)):
         return True
-    if backbone(it.tensor, view.graph) is backbone(other.tensor, view.graph):
-        return False
     depth, other_depth = _depths(it.tensor, other.tensor, view.graph)
     return depth >= other_depth
 
@@ -265,9 +264,12 @@ def _climb(tensor: str, graph: Graph) -> Iterator[str]:
 
 
 def _depths(left: str, right: str, graph: Graph) -> tuple[int, int]:
-    """The longest paths, in nodes, from two tensors up to their nearest common ancestor (or as far as they go)."""
-    depths: dict[str, list[int]] = {left: [0, -1]}
-    depths.setdefault(right, [-1, -1])[1] = 0
+    """The longest paths, in nodes, from two tensors up to their nearest common ancestor (or as far as they go).
+
+    The graph's inputs count as one ancestor, so that their names do not matter.
+    """
+    depths: dict[str, list[int]] = {_root(left, graph): [0, -1]}
+    depths.setdefault(_root(right, graph), [-1, -1])[1] = 0
     heap = [(-graph.position(tensor), tensor) for tensor in depths]
     heapq.heapify(heap)
     deepest = [0, 0]
@@ -279,16 +281,22 @@ def _depths(left: str, right: str, graph: Graph) -> tuple[int, int]:
         deepest = [max(pair) for pair in zip(deepest, here, strict=True)]
         if min(here) >= 0:
             return here[0], here[1]
-        node = graph.producer(tensor)
-        for name in node.inputs if node else ():
-            if not name or graph.is_constant(name):
-                continue
+        for name in _above(tensor, graph):
             if name not in depths:
                 depths[name] = [-1, -1]
                 heapq.heappush(heap, (-graph.position(name), name))
             above = depths[name]
             depths[name] = [max(a, h + 1 if h >= 0 else -1) for a, h in zip(above, here, strict=True)]
     return deepest[0], deepest[1]
+
+
+def _above(tensor: str, graph: Graph) -> list[str]:
+    node = graph.producer(tensor)
+    return [_root(name, graph) for name in (node.inputs if node else ()) if name and not graph.is_constant(name)]
+
+
+def _root(tensor: str, graph: Graph) -> str:
+    return tensor if graph.producer(tensor) else ""
 
 
 def _passes_on(node: Node, edge: Edge, graph: Graph) -> bool:

@@ -1,0 +1,554 @@
+"""Data from every kind of source become the same checked batches; what does not fit is refused in one sentence."""
+
+import gc
+import itertools
+import logging
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from qdq_surgeon.calibration.feeds import Split, default_data, read_data
+from qdq_surgeon.errors import DataError
+from qdq_surgeon.model import load
+from tests.graphs import model
+
+OPEN = "g (float[N,3] x) => (y) { y = Relu(x) }"
+BATCH_OF_1 = "g (float[1,3] x) => (y) { y = Relu(x) }"
+BATCH_OF_4 = "g (float[4,3] x) => (y) { y = Relu(x) }"
+UNKNOWN_RANK = "g (float[] x) => (y) { y = Relu(x) }"
+IDS = "g (int64[N,5] ids) => (y) { y = Cast<to=1>(ids) }"
+IDS_AND_MASK = "g (int64[N,5] ids, float[N,5] mask) => (y) { f = Cast<to=1>(ids)\n y = Mul(f, mask) }"
+WITH_TABLE = "g (float[N,8] x, float[8,2] table) => (y) { y = MatMul(x, table) }"
+HALF = "g (float16[N,3] x) => (y) { y = Relu(x) }"
+
+
+def rows(count, width=3):
+    return np.random.default_rng(count).standard_normal((count, width)).astype(np.float32)
+
+
+# ---- where data come from ----------------------------------------------------------------------------------
+
+
+def npz(folder, x):
+    np.savez(folder / "data.npz", x=x)
+    return folder / "data.npz"
+
+
+def npz_as_text_path(folder, x):
+    return str(npz(folder, x))
+
+
+def npz_compressed(folder, x):
+    np.savez_compressed(folder / "data.npz", x=x)
+    return folder / "data.npz"
+
+
+def npz_without_names(folder, x):
+    np.savez(folder / "data.npz", x)
+    return folder / "data.npz"
+
+
+def npy(folder, x):
+    np.save(folder / "data.npy", x)
+    return folder / "data.npy"
+
+
+def folder_of_files(folder, x):
+    np.save(folder / "a.npy", x[:6])
+    np.savez(folder / "b.npz", x=x[6:])
+    (folder / "notes.txt").write_text("no data")
+    return folder
+
+
+def folder_of_test_sets(folder, x):
+    return saved_test_sets(folder, [{"x": x[:12]}, {"x": x[12:]}])
+
+
+def mapping(folder, x):
+    return {"x": x}
+
+
+def mapping_of_lists(folder, x):
+    return {"x": x.tolist()}
+
+
+def list_of_dicts(folder, x):
+    return [{"x": x[:15]}, {"x": x[15:]}]
+
+
+def generator(folder, x):
+    return ({"x": x[i : i + 1]} for i in range(len(x)))
+
+
+def bare_array(folder, x):
+    return x
+
+
+def object_with_array(folder, x):
+    class OnlyArray:
+        def __array__(self, dtype=None, copy=None):
+            return x
+
+    return OnlyArray()
+
+
+def object_with_dlpack(folder, x):
+    class OnlyDlpack:
+        def __dlpack__(self, **options):
+            return x.__dlpack__(**options)
+
+        def __dlpack_device__(self):
+            return x.__dlpack_device__()
+
+    return OnlyDlpack()
+
+
+def mapping_of_objects(folder, x):
+    return {"x": object_with_dlpack(folder, x)}
+
+
+SOURCES = [
+    npz, npz_as_text_path, npz_compressed, npz_without_names, npy, folder_of_files, folder_of_test_sets, mapping,
+    mapping_of_lists, list_of_dicts, generator, bare_array, object_with_array, object_with_dlpack, mapping_of_objects,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_source_gives_the_same_samples(source, tmp_path):
+    x = rows(20)
+    np.testing.assert_array_equal(fed(OPEN, source(tmp_path, x), "x"), x)
+
+
+def test_test_sets_are_matched_by_the_names_in_the_files(tmp_path):
+    ids, mask = np.arange(10).reshape(2, 5), rows(2, 5)
+    folder = saved_test_sets(tmp_path, [{"mask": mask, "ids": ids}])
+    np.testing.assert_array_equal(fed(IDS_AND_MASK, folder, "ids"), ids)
+    np.testing.assert_array_equal(fed(IDS_AND_MASK, folder, "mask"), mask)
+
+
+def test_test_sets_with_other_names_are_matched_by_position(tmp_path):
+    ids, mask = np.arange(10).reshape(2, 5), rows(2, 5)
+    folder = saved_test_sets(tmp_path, [{"a": ids, "b": mask}])
+    np.testing.assert_array_equal(fed(IDS_AND_MASK, folder, "mask"), mask)
+
+
+def test_test_sets_beside_the_model_are_used_when_nothing_is_given(tmp_path):
+    x = rows(3)
+    onnx.save(model(OPEN), tmp_path / "model.onnx")
+    saved_test_sets(tmp_path, [{"x": x}])
+    feeds = default_data(load(tmp_path / "model.onnx"))
+    assert not feeds.synthetic
+    np.testing.assert_array_equal(np.concatenate([batch.feed["x"] for batch in feeds.batches]), x)
+
+
+def test_arrays_that_are_no_inputs_are_left_out():
+    (batch,) = batches(OPEN, {"x": rows(4), "labels": np.arange(4)})
+    assert list(batch.feed) == ["x"]
+
+
+# ---- how data are cut --------------------------------------------------------------------------------------
+
+
+def test_an_open_batch_takes_eight_samples_at_a_time_and_the_rest_at_the_end():
+    assert sizes(OPEN, {"x": rows(20)}) == [8, 8, 4]
+
+
+def test_a_batch_of_one_takes_one_sample_at_a_time():
+    assert shapes(BATCH_OF_1, {"x": rows(3)}) == [(1, 3)] * 3
+
+
+def test_a_fixed_batch_leaves_the_remainder_out_and_says_so(caplog):
+    x = rows(10)
+    with caplog.at_level(logging.WARNING, "qdq_surgeon"):
+        given = fed(BATCH_OF_4, {"x": x}, "x")
+    np.testing.assert_array_equal(given, x[:8])
+    (record,) = caplog.records
+    assert "the last 2 samples do not fill the model's batch of 4" in record.getMessage()
+
+
+def test_a_fixed_batch_that_is_filled_needs_no_warning(caplog):
+    assert shapes(BATCH_OF_4, {"x": rows(8)}) == [(4, 3)] * 2
+    assert not caplog.records
+
+
+def test_one_array_per_sample_with_a_leading_axis_of_its_own():
+    x = rows(12).reshape(3, 4, 3)
+    assert shapes(BATCH_OF_4, {"x": x}) == [(4, 3)] * 3
+    np.testing.assert_array_equal(fed(OPEN, {"x": x[:, :1]}, "x"), x[:, 0])
+
+
+def test_the_single_batch_of_one_input_serves_all_batches_of_another():
+    table = rows(8, 2)
+    given = batches(WITH_TABLE, {"x": rows(20, 8), "table": table})
+    assert [batch.feed["x"].shape[0] for batch in given] == [8, 8, 4]
+    for batch in given:
+        np.testing.assert_array_equal(batch.feed["table"], table)
+
+
+def test_a_batch_is_cut_along_the_inputs_with_an_open_batch_only():
+    """The table has as many rows as the batch has samples, but its rows are no samples."""
+    (batch,) = batches(WITH_TABLE, {"x": rows(8, 8), "table": rows(8, 2)})
+    part = batch.part(0, 3)
+    assert (part.feed["x"].shape, part.feed["table"].shape) == ((3, 8), (8, 2))
+
+
+def test_an_input_of_unknown_rank_is_cut_along_axis_0_and_its_samples_are_counted():
+    assert [batch.samples for batch in batches(UNKNOWN_RANK, {"x": rows(20)})] == [8, 8, 4]
+
+
+def test_a_scalar_input_is_given_whole():
+    text = "g (float[N,3] x, float k) => (y) { y = Mul(x, k) }"
+    assert [batch.feed["k"].shape for batch in batches(text, {"x": rows(9), "k": np.float32(2)})] == [(), ()]
+
+
+@pytest.mark.parametrize(
+    ("text", "data"),
+    [
+        pytest.param(OPEN, {"x": rows(20)}, id="open batch"),
+        pytest.param(BATCH_OF_1, {"x": rows(5)}, id="batch of one"),
+        pytest.param(BATCH_OF_4, {"x": rows(8)}, id="batch of four"),
+        pytest.param(BATCH_OF_4, {"x": rows(10)}, id="batch of four with a remainder"),
+        pytest.param(BATCH_OF_4, {"x": rows(20).reshape(5, 4, 3)}, id="whole batches along an axis of their own"),
+        pytest.param(WITH_TABLE, {"x": rows(5, 8), "table": rows(8, 2)}, id="an input that serves all batches"),
+    ],
+)
+def test_the_total_announced_is_the_number_of_samples_that_come(text, data):
+    feeds = read_data(data, load(model(text)))
+    assert feeds.total == sum(batch.samples for batch in feeds.batches)
+
+
+# ---- types -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, np.uint8, np.int32, bool])
+def test_numbers_of_another_type_become_the_declared_one(dtype):
+    x = np.array([[0, 1, 1], [1, 0, 1]], dtype)
+    given = fed(OPEN, {"x": x}, "x")
+    assert given.dtype == np.float32
+    np.testing.assert_array_equal(given, x.astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8])
+def test_integer_inputs_take_smaller_integers(dtype):
+    ids = np.arange(10, dtype=dtype).reshape(2, 5)
+    given = fed(IDS, {"ids": ids}, "ids")
+    assert given.dtype == np.int64
+    np.testing.assert_array_equal(given, ids)
+
+
+def test_fp16_inputs_take_fp32_data():
+    x = rows(4)
+    given = fed(HALF, {"x": x}, "x")
+    assert given.dtype == np.float16
+    np.testing.assert_array_equal(given, x.astype(np.float16))
+
+
+@pytest.mark.parametrize(
+    ("text", "data"),
+    [
+        pytest.param(HALF, {"x": np.full((2, 3), 1e6, np.float32)}, id="FP16"),
+        pytest.param(OPEN, {"x": np.full((2, 3), 1e300)}, id="FP32"),
+        pytest.param("g (int32[N] i) => (y) { y = Neg(i) }", {"i": np.array([2**40 + 1])}, id="INT32"),
+    ],
+)
+def test_values_beyond_the_declared_type_are_refused(text, data):
+    with pytest.raises(DataError):
+        batches(text, data)
+
+
+# ---- what does not fit -------------------------------------------------------------------------------------
+
+
+def broken_at(index, value):
+    x = rows(20)
+    x[index, 1] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    ("text", "data", "message"),
+    [
+        (OPEN, {"X_0": rows(4)}, "has no 'x'.*X_0.*the model's inputs are x"),
+        (IDS_AND_MASK, {"ids": [[1] * 5], "maks": [[1.0] * 5]}, "has no 'mask'. Did you mean 'maks'"),
+        (OPEN, {}, "has no 'x'"),
+        (IDS, {"ids": np.ones((2, 5), np.float32)}, "holds float32, but the model wants int64"),
+        (OPEN, {"x": np.ones((2, 3), complex)}, "complex128"),
+        (OPEN, {"x": rows(4, 2)}, r"has shape \[4, 2\], but the model wants \[N, 3\]"),
+        (OPEN, {"x": np.ones(3, np.float32)}, r"has shape \[3\], but the model wants \[N, 3\]"),
+        (OPEN, {"x": np.float32(1)}, "is a single number"),
+        (BATCH_OF_4, {"x": rows(3)}, "has 3 samples, but the model's batch is 4"),
+        (BATCH_OF_4, [{"x": rows(3)}], r"has shape \[3, 3\], but the model wants \[4, 3\]"),
+        (OPEN, {"x": broken_at(0, np.nan)}, "NaN or infinity"),
+        (OPEN, {"x": broken_at(19, -np.inf)}, "batch 2.*NaN or infinity"),
+        (OPEN, {"x": rows(0)}, "'x' is empty"),
+        (OPEN, {"x": np.array([[None, 1, 2]])}, "object"),
+        (OPEN, {"x": [["a", "b", "c"]]}, "no number"),
+        (OPEN, {"x": [[1.0], [1.0, 2.0]]}, "cannot be read as an array"),
+        (IDS_AND_MASK, {"ids": np.ones((20, 5), int), "mask": rows(40, 5)}, "different numbers of samples.*20.*40"),
+        (IDS_AND_MASK, rows(4, 5), "one array, but the model has 2 inputs .ids, mask."),
+        (OPEN, [rows(4)], "one mapping of input names to arrays"),
+        (OPEN, 7, "a path, a mapping of arrays or an iterable of mappings"),
+        (OPEN, "nowhere.npz", "nowhere.npz: no such data file"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused(text, data, message):
+    with pytest.raises(DataError, match=message) as error:
+        batches(text, data)
+    assert "\n" not in str(error.value)
+
+
+def truncated_npz(folder):
+    whole = npz(folder, rows(50))
+    whole.write_bytes(whole.read_bytes()[:-200])
+    return whole
+
+
+def truncated_npy(folder):
+    whole = npy(folder, rows(50))
+    whole.write_bytes(whole.read_bytes()[:-200])
+    return whole
+
+
+def empty_file(folder):
+    (folder / "data.npz").touch()
+    return folder / "data.npz"
+
+
+def text_file(folder):
+    (folder / "data.npz").write_text("x, y, z\n1, 2, 3\n")
+    return folder / "data.npz"
+
+
+def empty_folder(folder):
+    return folder
+
+
+def npz_with_objects(folder):
+    np.savez(folder / "data.npz", x=np.array([[1, None, 3]], object))
+    return folder / "data.npz"
+
+
+def npz_of_another_model(folder):
+    np.savez(folder / "data.npz", image=rows(4))
+    return folder / "data.npz"
+
+
+def broken_test_set(folder):
+    saved_test_sets(folder, [{"x": rows(1)}])
+    (folder / "test_data_set_0" / "input_0.pb").write_bytes(b"\xff" * 9)
+    return folder
+
+
+def folder_without_inputs(folder):
+    (folder / "test_data_set_0").mkdir()
+    return folder
+
+
+BROKEN = [
+    truncated_npz, truncated_npy, empty_file, text_file, empty_folder, npz_with_objects, npz_of_another_model,
+    broken_test_set, folder_without_inputs,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("source", BROKEN)
+def test_broken_files_are_refused_by_name_and_closed_again(source, tmp_path):
+    with pytest.raises(DataError) as error:
+        batches(OPEN, source(tmp_path))
+    message = str(error.value)
+    assert str(tmp_path) in message
+    assert "\n" not in message
+    del error
+    gc.collect()  # a file that was left open warns here, and warnings are errors
+
+
+def test_an_npy_for_a_model_with_two_inputs_is_refused(tmp_path):
+    with pytest.raises(DataError, match="the model has 2 inputs"):
+        batches(IDS_AND_MASK, npy(tmp_path, rows(4, 5)))
+
+
+@pytest.mark.parametrize("name", ["data.npy", "data.npz"])
+def test_pickled_code_is_never_run(name, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (tmp_path / "ran").touch, ()
+
+    bombs = np.array([Bomb()], object)
+    if name.endswith(".npz"):
+        np.savez(tmp_path / name, x=bombs)
+    else:
+        np.save(tmp_path / name, bombs)
+    with pytest.raises(DataError):
+        batches(OPEN, tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_input_that_is_no_tensor_is_refused():
+    proto = model("g (seq(float[2]) s, int64 i) => (y) { y = SequenceAt(s, i) }")
+    with pytest.raises(DataError, match="'s' is not a tensor"):
+        read_data({}, load(proto))
+
+
+# ---- what goes to calibration, and what to the comparison --------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [1, 5, 8, 13, 20])
+def test_an_open_batch_is_cut_to_the_limit_exactly(limit):
+    x = rows(20)
+    split, used = dealt(OPEN, {"x": x}, limit)
+    assert split.samples == limit
+    np.testing.assert_array_equal(used, x[:limit])
+
+
+def test_a_limit_above_the_number_of_samples_uses_all():
+    split, used = dealt(OPEN, {"x": rows(20)}, 100)
+    assert (split.samples, len(used), split.held_out) == (20, 20, False)
+
+
+def test_fixed_batches_do_not_exceed_the_limit():
+    split, _ = dealt(BATCH_OF_4, {"x": rows(20)}, 6)
+    assert split.samples == 4
+
+
+def test_what_lies_behind_the_limit_is_for_the_comparison():
+    x = rows(40)
+    split, _ = dealt(OPEN, {"x": x}, 8)
+    assert split.held_out
+    np.testing.assert_array_equal(evaluated(split), x[8:])
+
+
+def test_every_fourth_batch_is_held_out():
+    x = rows(32)
+    split, used = dealt(BATCH_OF_1, {"x": x})
+    fourth = np.arange(32) % 4 == 3
+    assert (split.samples, split.held_out) == (24, True)
+    np.testing.assert_array_equal(used, x[~fourth])
+    np.testing.assert_array_equal(evaluated(split), x[fourth])
+
+
+def test_nothing_is_held_out_of_fewer_than_sixteen_samples():
+    x = rows(15)
+    split, used = dealt(BATCH_OF_1, {"x": x})
+    assert (split.samples, split.held_out) == (15, False)
+    np.testing.assert_array_equal(np.sort(used, 0), np.sort(x, 0))
+    np.testing.assert_array_equal(np.sort(evaluated(split), 0), np.sort(x, 0))
+
+
+def test_nothing_is_held_out_where_nobody_compares():
+    split, used = dealt(BATCH_OF_1, {"x": rows(32)}, hold_out=False)
+    assert (split.samples, len(used), split.held_out) == (32, 32, False)
+
+
+def test_a_generator_is_read_once_and_serves_both():
+    x = rows(16)
+    split, used = dealt(OPEN, ({"x": x[i : i + 1]} for i in range(16)))
+    assert (len(used), len(evaluated(split))) == (12, 4)
+
+
+def test_an_endless_stream_is_read_only_as_far_as_needed():
+    taken = itertools.count()
+    split, _ = dealt(OPEN, ({"x": np.full((1, 3), next(taken), np.float32)} for _ in itertools.count()), 10)
+    assert split.samples == 10
+    assert next(taken) < 1000
+
+
+def test_the_digest_speaks_of_what_was_used():
+    x = rows(32)
+    digests = {
+        name: dealt(BATCH_OF_1, {"x": values}, limit)[0].digest
+        for name, values, limit in (("all", x, None), ("again", x.copy(), None), ("ten", x, 10), ("first", x[:10], 10))
+    }
+    changed = x.copy()
+    changed[0, 0] += 1
+    assert digests["all"] == digests["again"]
+    assert digests["ten"] == digests["first"]
+    assert len({digests["all"], digests["ten"], dealt(BATCH_OF_1, {"x": changed})[0].digest}) == 3
+
+
+def test_no_samples_at_all_are_refused():
+    with pytest.raises(DataError, match="no samples"):
+        dealt(OPEN, [])
+
+
+# ---- made-up inputs ---------------------------------------------------------------------------------------------
+
+
+def test_made_up_inputs_are_the_same_every_time():
+    first, second = (made_up(OPEN, {"x": (2, 3)}) for _ in range(2))
+    np.testing.assert_array_equal(first["x"], second["x"])
+
+
+def test_made_up_floats_are_about_standard_normal_and_integers_are_0_and_1():
+    feed = made_up(IDS_AND_MASK, {"ids": (200, 5), "mask": (200, 5)})
+    assert set(np.unique(feed["ids"])) == {0, 1}
+    assert abs(feed["mask"].mean()) < 0.2
+    assert abs(feed["mask"].std() - 1) < 0.2
+
+
+def test_an_open_batch_becomes_one_and_other_open_sizes_the_first_that_runs():
+    text = "g (float[N,C,L] x) => (y) { y = Relu(x) }"
+    tried = []
+
+    def runs(feed):
+        tried.append(feed["x"].shape)
+        return feed["x"].shape == (1, 64, 64)
+
+    feeds = default_data(load(model(text)), None, runs)
+    assert feeds.synthetic
+    assert next(feeds.batches).feed["x"].shape == (1, 64, 64)
+    assert tried == [(1, 224, 224), (1, 512, 512), (1, 64, 64)]
+
+
+def test_a_model_that_runs_with_no_size_asks_for_shapes():
+    with pytest.raises(DataError, match="--shapes"):
+        next(default_data(load(model(OPEN)), None, lambda feed: False).batches)
+
+
+def test_shapes_of_an_unknown_input_are_refused_with_the_nearest_name():
+    text = "g (float[N,3] pixels) => (y) { y = Relu(pixels) }"
+    with pytest.raises(DataError, match=r"no input 'pixel'\. Did you mean 'pixels'"):
+        next(default_data(load(model(text)), {"pixel": (1, 3)}).batches)
+
+
+# ---- helpers -----------------------------------------------------------------------------------------------
+
+
+def batches(text, data):
+    return list(read_data(data, load(model(text))).batches)
+
+
+def sizes(text, data):
+    return [batch.samples for batch in batches(text, data)]
+
+
+def shapes(text, data):
+    return [batch.feed["x"].shape for batch in batches(text, data)]
+
+
+def fed(text, data, name):
+    """All that one input is fed, joined along axis 0."""
+    return np.concatenate([batch.feed[name] for batch in batches(text, data)])
+
+
+def dealt(text, data, limit=None, hold_out=True):
+    """The split, and what calibration used of input x."""
+    split = Split(read_data(data, load(model(text))), limit, hold_out)
+    return split, np.concatenate([batch.feed["x"] for batch in split])
+
+
+def evaluated(split):
+    return np.concatenate([batch.feed["x"] for batch in split.evaluation])
+
+
+def made_up(text, given):
+    return next(default_data(load(model(text)), given).batches).feed
+
+
+def saved_test_sets(folder, feeds):
+    for index, feed in enumerate(feeds):
+        one = folder / f"test_data_set_{index}"
+        one.mkdir()
+        for slot, (name, array) in enumerate(feed.items()):
+            onnx.save_tensor(numpy_helper.from_array(array, name), one / f"input_{slot}.pb")
+    return folder

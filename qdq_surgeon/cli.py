@@ -57,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("plan", _plan_options, _plan, "say where pairs would go, and why; needs no data", _PLAN_EXAMPLES),
         ("calibrate", _calibrate_options, _calibrate, "run the float model once, print ranges", _CALIBRATE_EXAMPLES),
         ("compare", _compare_options, _compare, "measure a Q/DQ model against its float model", _COMPARE_EXAMPLES),
+        ("lint", _lint_options, _lint, "find what TensorRT refuses or runs in float in any Q/DQ model", _LINT_EXAMPLES),
+        ("build", _build_options, _build, "build a TensorRT engine, strongly typed", _BUILD_EXAMPLES),
+        ("audit", _audit_options, _audit, "build the engine and show what it did with every pair", _AUDIT_EXAMPLES),
     ):
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", examples=examples)
         options(command)
@@ -75,6 +78,14 @@ _COMPARE_EXAMPLES = (
     "qdq-surgeon compare model.onnx model.qdq.onnx --data eval.npz\n"
     "qdq-surgeon compare model.onnx model.qdq.onnx --data eval.npz --min-agreement 0.98"
 )
+
+
+_LINT_EXAMPLES = "qdq-surgeon lint model.qdq.onnx\nqdq-surgeon lint other.onnx --fix mended.onnx --target trt10"
+_BUILD_EXAMPLES = (
+    "qdq-surgeon build model.qdq.onnx -o model.engine\n"
+    "qdq-surgeon build model.qdq.onnx --shapes image:1x3x224x224,8x3x224x224,32x3x224x224"
+)
+_AUDIT_EXAMPLES = "qdq-surgeon audit model.qdq.onnx\nqdq-surgeon audit model.qdq.onnx --html audit.html"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -134,6 +145,45 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the comparison as JSON")
     _gate_options(parser)
     _manner_options(parser)
+
+
+def _lint_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="a Q/DQ model from any producer")
+    parser.add_argument("--target", default="trt11", help="what it must run on: trt10, trt11 (default) or rtx")
+    parser.add_argument("--fix", type=Path, metavar="OUT", help="write a mended copy, and say what could not be mended")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings as JSON")
+    _manner_options(parser)
+
+
+def _build_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="an ONNX model, float or with Q/DQ pairs")
+    parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="where to write (default: MODEL.engine)")
+    _engine_options(parser)
+    parser.add_argument("--timing-cache", type=Path, metavar="FILE", help="read and write TensorRT's timing cache")
+    _manner_options(parser)
+
+
+def _audit_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="a Q/DQ model from any producer")
+    _engine_options(parser)
+    parser.add_argument("--no-float", action="store_true", help="do not build the float engine beside it")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the audit as JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the audit as a page")
+    _manner_options(parser)
+
+
+def _engine_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", metavar="NAME", help="tensorrt or tensorrt-rtx (default: what is installed)")
+    parser.add_argument(
+        "--shapes",
+        type=_shapes,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME:MIN,OPT,MAX",
+        help="shapes of open inputs: one, or the smallest, usual, largest",
+    )
+    parser.add_argument("--tf32", action="store_true", help="let FP32 matrix products use TF32")
 
 
 def _data_options(parser: argparse.ArgumentParser, samples: bool = True) -> None:
@@ -197,7 +247,7 @@ def _insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     if options.no_compare and (options.min_sqnr is not None or options.min_agreement is not None):
         raise QdqError("--min-sqnr and --min-agreement need the comparison: leave --no-compare out")
     model = _load(options)
-    output = _output(options)
+    output = _output(options, options.output or options.model.with_name(f"{options.model.stem}.qdq.onnx"))
     _check_json(options, output)
     plan = _read_plan(options.plan_file) if options.plan_file else _make_plan(model, options)
     for note in (*model.notes, *model.graph.notes):
@@ -289,6 +339,81 @@ def _compare(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     return _gate(comparison, options)
 
 
+def _lint(options: argparse.Namespace, say: Callable[[object], None]) -> int:
+    from dataclasses import asdict
+
+    from .model import save
+    from .tensorrt.lint import lint
+    from .tensorrt.mend import mend
+
+    model = _load(options)
+    _check_json(options)
+    report = lint(model, options.target)
+    say(report)
+    if options.json:
+        findings = [asdict(finding) for finding in report.findings]
+        _write_json_value(options.json, {"target": report.target, "findings": findings})
+        say(f"wrote {options.json}")
+    if not options.fix:
+        return GATE_FAILED if report.errors else OK
+    output = _output(options, options.fix)
+    mended = mend(model, options.target)
+    for text in mended.done:
+        say(f"mended: {text}")
+    for finding in mended.left:
+        say(f"left: {finding.severity} {finding.code}: {finding}")
+    save(mended.model, output)
+    say(f"wrote {output}")
+    return GATE_FAILED if any(finding.severity == "error" for finding in mended.left) else OK
+
+
+def _build(options: argparse.Namespace, say: Callable[[object], None]) -> int:
+    from .model import write_atomically
+    from .tensorrt.engine import build
+
+    model = _load(options)
+    output = _output(options, options.output or options.model.with_suffix(".engine"))
+    engine = build(
+        model,
+        backend=options.backend,
+        shapes=dict(options.shapes),
+        timing_cache=options.timing_cache,
+        tf32=options.tf32,
+    )
+    write_atomically(output, engine.data)
+    say(f"{engine.backend}; strongly typed, TF32 {'on' if engine.tf32 else 'off'}")
+    for name, (low, usual, high) in engine.shapes.items():
+        say(f"  {name}: {' / '.join('x'.join(map(str, shape)) for shape in (low, usual, high))}")
+    say(f"{count(len(engine.layers), 'layer')}, {len(engine.data):,} bytes, built in {engine.seconds:.1f} s")
+    say(f"wrote {output}")
+    return OK
+
+
+def _audit(options: argparse.Namespace, say: Callable[[object], None]) -> int:
+    from dataclasses import asdict
+
+    from .report.html import audit_page
+    from .tensorrt.audit import audit
+
+    model = _load(options)
+    _check_json(options)
+    done = audit(
+        model,
+        backend=options.backend,
+        shapes=dict(options.shapes),
+        tf32=options.tf32,
+        beside_float=not options.no_float,
+    )
+    say(done)
+    if options.json:
+        _write_json_value(options.json, {"engine": str(done.backend), **asdict(done)})
+        say(f"wrote {options.json}")
+    if options.html:
+        _write_text(options.html, audit_page(options.model.name, done))
+        say(f"wrote {options.html}")
+    return OK
+
+
 def _run(
     parser: argparse.ArgumentParser,
     options: argparse.Namespace,
@@ -341,9 +466,8 @@ def _read_plan(path: Path) -> Plan:
         raise PlanError(f"{path}: {error}") from None
 
 
-def _output(options: argparse.Namespace) -> Path:
+def _output(options: argparse.Namespace, output: Path) -> Path:
     """Where to write; refused before any work where it cannot be right."""
-    output: Path = options.output or options.model.with_name(f"{options.model.stem}.qdq.onnx")
     if output.is_dir():
         raise QdqError(f"{output} is a folder: name a file with -o")
     if not output.parent.is_dir():
@@ -463,6 +587,12 @@ def _shape(text: str) -> tuple[str, tuple[int, ...]]:
     if not name or not all(part.isdigit() and int(part) for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r}: write name:1x3x224x224")
     return name, tuple(map(int, parts))
+
+
+def _shapes(text: str) -> tuple[str, tuple[tuple[int, ...], ...]]:
+    """'name:1x3,4x3,8x3' -> ('name', ((1, 3), (4, 3), (8, 3))); one shape is enough."""
+    name, _, shapes = text.rpartition(":")
+    return name, tuple(_shape(f"{name}:{shape}")[1] for shape in shapes.split(","))
 
 
 def _version() -> str:

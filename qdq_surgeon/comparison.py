@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,11 @@ from onnx import ModelProto
 
 from .calibration.feeds import Batch
 from .calibration.taps import Progress, Session
+from .edges import count
 from .errors import ModelError
 from .report.tables import decibels, share, table
+
+SIMULATED = "INT8 (Q/DQ simulated in onnxruntime)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,7 @@ class OutputComparison:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """FP32 against Q/DQ, simulated in onnxruntime.
+    """The float model against what `where` says.
 
     `held_out`: calibration had not seen these samples (None: unknown).
     """
@@ -44,6 +47,7 @@ class Comparison:
     samples: int
     data: str
     held_out: bool | None
+    where: str = SIMULATED
 
     @property
     def sqnr(self) -> float:
@@ -61,8 +65,18 @@ class Comparison:
             (o.name, decibels(o.sqnr), f"{o.cosine:.6f}", f"{o.max_error:.4g}", share(o.agreement))
             for o in self.outputs
         ]
-        head = f"float against INT8 (Q/DQ simulated in onnxruntime) on {self.samples} samples of {self.data}{seen}"
+        head = f"float against {self.where} on {count(self.samples, 'sample')} of {self.data}{seen}"
         return f"{head}\n{table(('output', 'SQNR', 'cosine', 'max error', 'top-1 agreement'), rows)}"
+
+
+class Runner(Protocol):
+    """Something that runs a model: an onnxruntime session, or an engine."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]: ...
+
+    def run(self, batch: Batch, names: Sequence[str]) -> list[list[NDArray[Any]]]:
+        """The named outputs, once for the batch or once per sample."""
 
 
 def compare_models(
@@ -73,26 +87,39 @@ def compare_models(
     held_out: bool | None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Run both models over the batches, one at a time, and compare every output that is a tensor of numbers.
+    """Run both models in onnxruntime over the batches, one at a time, and compare them.
 
     Raises ModelError where onnxruntime refuses a model or their outputs differ in name or shape,
     DataError where it cannot run it.
     """
-    sessions = Session(reference), Session(quantized, simulate=True)
-    names = sessions[0].outputs
-    if names != sessions[1].outputs:
-        raise ModelError(f"the models have different outputs: {', '.join(names)} and {', '.join(sessions[1].outputs)}")
+    left, right = Session(reference), Session(quantized, simulate=True)
+    return compare_runners(left, right, batches, data, held_out, progress)
+
+
+def compare_runners(
+    reference: Runner,
+    other: Runner,
+    batches: Iterable[Batch],
+    data: str,
+    held_out: bool | None,
+    progress: Progress | None = None,
+    where: str = SIMULATED,
+) -> Comparison:
+    """Compare every output that is a tensor of numbers; `where` says what the second runner is."""
+    names = reference.outputs
+    if set(names) != set(other.outputs):
+        raise ModelError(f"the models have different outputs: {', '.join(names)} and {', '.join(other.outputs)}")
     measured = {name: _Measured(name) for name in names}
     done = 0
     for batch in batches:
-        pairs = zip(*(session.run(batch, names) for session in sessions), strict=True)
+        pairs = zip(reference.run(batch, names), other.run(batch, names), strict=True)
         for expected, actual in pairs:
             for name, left, right in zip(names, expected, actual, strict=True):
                 measured[name].add(left, right)
         done += batch.samples
         if progress:
             progress("compare", done, None)
-    return Comparison(tuple(m.result() for m in measured.values() if m.numbers), done, data, held_out)
+    return Comparison(tuple(m.result() for m in measured.values() if m.numbers), done, data, held_out, where)
 
 
 class _Measured:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx.parser
+import onnx.shape_inference
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 import qdq_surgeon
@@ -26,6 +27,11 @@ def model(text: str, opset: int = 17) -> ModelProto:
         proto.graph.value_info.remove(value)
         proto.graph.initializer.append(_random_weight(value))
     return proto
+
+
+def typed(text: str, opset: int = 17) -> ModelProto:
+    """As `model`, with the types and shapes of the outputs filled in, which TensorRT wants."""
+    return onnx.shape_inference.infer_shapes(model(text, opset))
 
 
 def plan_text(proto: ModelProto, placement: str = "tensorrt", **filters: Any) -> str:

@@ -44,13 +44,14 @@ class Session:
         except Exception as error:
             raise ModelError(f"onnxruntime refuses the model: {_reason(error)}") from error
         self.outputs: tuple[str, ...] = tuple(output.name for output in self._session.get_outputs())
+        self._half_inputs = {i.name for i in self._session.get_inputs() if i.type == "tensor(float16)"}
         self._whole = True
 
     def run(self, batch: Batch, names: Sequence[str]) -> list[list[NDArray[Any]]]:
         """The named outputs for one batch; once per sample where the model does not run on the whole batch."""
         if self._whole or not batch.divisible:
             try:
-                return [self._session.run(list(names), batch.feed)]
+                return [self._session.run(list(names), self._typed(batch.feed))]
             except Exception as error:
                 if not batch.divisible:
                     raise DataError(f"onnxruntime cannot run the model on the data: {_reason(error)}") from error
@@ -58,6 +59,10 @@ class Session:
             self._whole = False
         single = [batch.part(index, index + 1) for index in range(batch.samples)]
         return [outputs for part in single for outputs in self.run(part, names)]
+
+    def _typed(self, feed: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """FP32 data for a model whose inputs were made FP16."""
+        return {name: array.astype("float16") if name in self._half_inputs else array for name, array in feed.items()}
 
     def runs(self, feed: dict[str, NDArray[Any]]) -> bool:
         """True where the model accepts a feed."""

@@ -1,0 +1,62 @@
+"""Pages for people: one self-contained HTML file, no scripts, no outside resources."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..tensorrt.audit import Audit
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #1d2433; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: .3rem .6rem; }
+tr { border-bottom: 1px solid #d9dee8; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
+.int8 { color: #14683a; } .float { color: #a3260c; } .left { color: #5b6477; } code { font-size: .9em; }
+"""
+
+
+def audit_page(model: str, audit: Audit) -> str:
+    """An audit as a page: the verdict, the engines side by side, and one row for each weighted op."""
+    done = len(audit.planned) - len(audit.in_float)
+    figures = [("INT8", audit.figures)] + ([("float", audit.float_figures)] if audit.float_figures else [])
+    engines = [
+        (name, f"{f.kernels}", f"{f.int8_ops}", f"{f.int8_macs:.1%}", f"{f.bytes_moved:,}", f"{f.conversions}")
+        for name, f in figures
+    ]
+    heads = ("engine", "kernels", "weighted ops in INT8", "MACs in INT8", "activation bytes moved", "only convert")
+    rows = []
+    for op in audit.ops:
+        state = "int8" if op.int8 else "float" if op.planned else "left"
+        word = {"int8": "INT8", "float": "float", "left": "float, as planned"}[state]
+        rows.append(
+            f'<tr><td><code>{escape(op.node)}</code></td><td class="{state}">{word}</td>'
+            f'<td class="number">{op.macs:,}</td><td>{escape(op.reason)}</td></tr>'
+        )
+    conversions = "".join(f"<li>{escape(text)}</li>" for text in audit.conversions) or "<li>none</li>"
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Audit of {escape(model)}</title><style>{STYLE}</style></head><body>
+<h1>Audit of {escape(model)}</h1>
+<p><strong>{done} of {len(audit.planned)}</strong> planned ops run in INT8 (INT8 data and INT8 weights).<br>
+Engine: {escape(str(audit.backend))}.</p>
+<h2>Engines</h2>
+{_table(heads, engines)}
+<h2>Weighted ops</h2>
+<table><tr><th>op</th><th>runs in</th><th>multiply-accumulates</th><th>why not INT8</th></tr>
+{"".join(rows)}
+</table>
+<h2>Kernels that only convert</h2>
+<ul>{conversions}</ul>
+</body></html>
+"""
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    first = "".join(f"<th>{escape(head)}</th>" for head in heads)
+    body = "".join(
+        f"<tr><td>{escape(row[0])}</td>{''.join(f'<td class=number>{escape(cell)}</td>' for cell in row[1:])}</tr>"
+        for row in rows
+    )
+    return f"<table><tr>{first}</tr>{body}</table>"

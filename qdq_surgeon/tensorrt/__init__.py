@@ -1,0 +1,1 @@
+"""Lint, engine, audit: what TensorRT wants, what it builds, and what it did with every pair."""

@@ -152,9 +152,7 @@ def _all_nodes(graphs: Iterable[GraphProto]) -> list:  # type: ignore[type-arg]
 
 def _ops(source: Model, engine: Engine, graph: Graph, named: Mapping[str, Node]) -> Iterable[OpAudit]:
     labels = {node.first_output: node.label for node in source.graph.nodes}
-    codes: dict[str, list[str]] = {}
-    for finding in lint(source).findings:
-        codes.setdefault(finding.node, []).append(finding.code)
+    findings = lint(source).findings
     rules = _kept_rules(source)
     for node in graph.nodes:
         if node.op not in WEIGHTED:
@@ -165,8 +163,8 @@ def _ops(source: Model, engine: Engine, graph: Graph, named: Mapping[str, Node])
         planned = any(_reads_pair(name, graph) for name in node.inputs[:2])
         reason = ""
         if planned and not int8:
-            found = codes.get(label, []) or codes.get(node.first_output, [])
-            reason = ", ".join(dict.fromkeys(found)) or "TensorRT chose so; no lint rule explains it"
+            found = dict.fromkeys(f.code for f in findings if label == f.node or (f.node and f.detail.endswith(label)))
+            reason = ", ".join(found) or "TensorRT chose so; no lint rule explains it"
         elif not planned:
             reason = rules.get(node.first_output, "no rule speaks of it")
         kernels = tuple(layer.name for layer in layers)

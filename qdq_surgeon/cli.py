@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .calibration.taps import Progress
     from .comparison import Comparison
     from .model import Model
+    from .tensorrt.runs import EngineReport
 
 OK, GATE_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -39,6 +40,7 @@ def insert_main(arguments: Sequence[str] | None = None) -> int:
         prog="qdq-insert",
         description="Insert INT8 Q/DQ pairs into a float ONNX model for TensorRT, and compare it with the float model.",
         examples="qdq-insert model.onnx --data calibration.npz\nqdq-insert model.onnx --plan --explain conv1",
+        usage="%(prog)s MODEL [options]",
     )
     _insert_options(parser)
     return _run(parser, parser.parse_args(arguments), _insert)
@@ -91,9 +93,10 @@ _AUDIT_EXAMPLES = "qdq-surgeon audit model.qdq.onnx\nqdq-surgeon audit model.qdq
 class _Parser(argparse.ArgumentParser):
     """A parser whose help fits a screen and whose errors are one line."""
 
-    def __init__(self, *, prog: str, description: str, examples: str) -> None:
+    def __init__(self, *, prog: str, description: str, examples: str, usage: str | None = None) -> None:
         super().__init__(
             prog,
+            usage,
             description=description,
             epilog="examples:\n" + "\n".join(f"  {line}" for line in examples.splitlines()),
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110),
@@ -113,6 +116,13 @@ def _insert_options(parser: argparse.ArgumentParser) -> None:
     _data_options(parser)
     _placement_options(parser)
     parser.add_argument("--method", default="mse", help="range method: mse (default), max, entropy, percentile:P")
+    parser.add_argument("--calibration-cache", type=Path, metavar="FILE", help="take scales from a TensorRT .cache")
+    parser.add_argument("--write-cache", type=Path, metavar="FILE", help="write the scales as a TensorRT .cache too")
+    parser.add_argument("--float16", action="store_true", help="put the un-quantized rest and the scales into FP16")
+    parser.add_argument("--float16-io", action="store_true", help="with --float16: inputs and outputs too")
+    parser.add_argument("--engine", action="store_true", help="build engines too, audit and (with a GPU) time them")
+    parser.add_argument("--backend", metavar="NAME", help="tensorrt or tensorrt-rtx (default: what is installed)")
+    parser.add_argument("--trtexec", metavar="TARGET", nargs="?", const="", help="print the trtexec command line")
     parser.add_argument("--plan", action="store_true", help="print the plan and stop; needs no data")
     parser.add_argument("--explain", metavar="NODE", help="with --plan: the full story of one node")
     parser.add_argument("--plan-file", type=Path, metavar="FILE", help="apply a plan saved with --plan --json")
@@ -142,6 +152,8 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="the float ONNX model")
     parser.add_argument("quantized", type=Path, help="the Q/DQ model")
     _data_options(parser, samples=False)
+    parser.add_argument("--engine", action="store_true", help="build engines too, audit and (with a GPU) time them")
+    parser.add_argument("--backend", metavar="NAME", help="tensorrt or tensorrt-rtx (default: what is installed)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the comparison as JSON")
     _gate_options(parser)
     _manner_options(parser)
@@ -228,6 +240,7 @@ def _placement_options(parser: argparse.ArgumentParser) -> None:
 
 def _gate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-sqnr", type=float, metavar="DB", help="exit 1 if an output's SQNR is lower")
+    parser.add_argument("--min-speedup", type=float, metavar="X", help="with --engine: exit 1 if INT8 is slower")
     parser.add_argument("--min-agreement", type=float, metavar="SHARE", help="exit 1 if top-1 agreement is lower")
 
 
@@ -239,13 +252,18 @@ def _manner_options(parser: argparse.ArgumentParser) -> None:
 def _insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     from . import pipeline
     from .model import save
+    from .tensorrt.cache import write_cache
+    from .tensorrt.runs import compare_engines
+    from .tensorrt.trtexec import trtexec_command
 
     if options.plan:
         return _plan(options, say)
     if options.explain:
         raise QdqError("--explain goes with --plan")
-    if options.no_compare and (options.min_sqnr is not None or options.min_agreement is not None):
-        raise QdqError("--min-sqnr and --min-agreement need the comparison: leave --no-compare out")
+    if options.no_compare and (options.engine or options.min_sqnr is not None or options.min_agreement is not None):
+        raise QdqError("--engine, --min-sqnr and --min-agreement need the comparison: leave --no-compare out")
+    if options.float16_io and not options.float16:
+        raise QdqError("--float16-io goes with --float16")
     model = _load(options)
     output = _output(options, options.output or options.model.with_name(f"{options.model.stem}.qdq.onnx"))
     _check_json(options, output)
@@ -264,6 +282,9 @@ def _insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
             method=options.method,
             samples=options.samples,
             shapes=dict(options.shapes),
+            calibration_cache=options.calibration_cache,
+            float16=options.float16,
+            float16_io=options.float16_io,
             compare=not options.no_compare,
             progress=progress,
         )
@@ -273,13 +294,27 @@ def _insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     if origin.samples:
         say(f"calibrated by {result.scales.method} on {count(origin.samples, 'sample')} of {origin.data}")
     _say_dropped(result.scales.dropped, say)
+    for note in result.notes:
+        say(f"note: {note}")
     if result.comparison:
         say(result.comparison)
-    if options.json:
-        _write_json(options.json, plan, result.comparison)
     save(result.model, output)
     say(f"wrote {output}")
-    return _gate(result.comparison, options)
+    if options.json:
+        _write_json(options.json, plan, result.comparison)
+        say(f"wrote {options.json}")
+    if options.write_cache:
+        write_cache(result.scales, plan, options.write_cache)
+        say(f"wrote {options.write_cache}")
+    report = None
+    if options.engine and plan.sites:
+        data = origin.data if result.comparison is None else result.comparison.data
+        held_out = result.comparison.held_out if result.comparison else None
+        report = compare_engines(model, result.model, result.evaluation, data, held_out, backend=options.backend)
+        say(report)
+    if options.trtexec is not None:
+        say(trtexec_command(model, output, options.trtexec))
+    return _gate(result.comparison, options, report)
 
 
 def _plan(options: argparse.Namespace, say: Callable[[object], None]) -> int:
@@ -326,6 +361,7 @@ def _calibrate(options: argparse.Namespace, say: Callable[[object], None]) -> in
 def _compare(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     from . import pipeline
     from .model import load
+    from .tensorrt.runs import compare_engines
 
     _check_gates(options)
     _check_json(options)
@@ -333,10 +369,15 @@ def _compare(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     with _progress_bar(options) as progress:
         comparison = pipeline.compare(model, quantized, options.data, shapes=dict(options.shapes), progress=progress)
     say(comparison)
+    report = None
+    if options.engine:
+        batches = pipeline.evaluation_batches(model, options.data, dict(options.shapes))
+        report = compare_engines(model, quantized.original, batches, comparison.data, None, backend=options.backend)
+        say(report)
     if options.json:
         _write_json(options.json, None, comparison)
         say(f"wrote {options.json}")
-    return _gate(comparison, options)
+    return _gate(comparison, options, report)
 
 
 def _lint(options: argparse.Namespace, say: Callable[[object], None]) -> int:
@@ -491,13 +532,17 @@ def _check_json(options: argparse.Namespace, output: Path | None = None) -> None
 
 
 def _check_gates(options: argparse.Namespace) -> None:
+    if options.min_speedup is not None and not options.engine:
+        raise QdqError("--min-speedup goes with --engine")
     if options.min_agreement is not None and not 0 <= options.min_agreement <= 1:
         raise QdqError(f"--min-agreement is a share between 0 and 1, not {options.min_agreement:g}")
 
 
-def _gate(comparison: Comparison | None, options: argparse.Namespace) -> int:
+def _gate(comparison: Comparison | None, options: argparse.Namespace, report: EngineReport | None = None) -> int:
     if comparison is None:
         return OK
+    if options.min_speedup is not None and (report is None or report.speedup is None):
+        raise QdqError("--min-speedup: there is no GPU to measure on")
     if options.min_agreement is not None and comparison.agreement is None:
         raise QdqError("--min-agreement: no output looks like class scores; use --min-sqnr")
     failed = []
@@ -506,6 +551,9 @@ def _gate(comparison: Comparison | None, options: argparse.Namespace) -> int:
     if comparison.agreement is not None and options.min_agreement is not None:
         low = comparison.agreement < options.min_agreement
         failed += [f"top-1 agreement {comparison.agreement:.3f} is below {options.min_agreement:g}"] if low else []
+    if report and report.speedup is not None and options.min_speedup is not None:
+        low = report.speedup < options.min_speedup
+        failed += [f"INT8 is {report.speedup:.2f}x as fast, below {options.min_speedup:g}x"] if low else []
     for text in failed:
         print(f"gate failed: {text}", file=sys.stderr)
     return GATE_FAILED if failed else OK

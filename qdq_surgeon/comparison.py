@@ -14,10 +14,11 @@ from onnx import ModelProto
 from .calibration.feeds import Batch
 from .calibration.taps import Progress, Session
 from .edges import count
-from .errors import ModelError
+from .errors import DataError, ModelError
 from .report.tables import decibels, share, table
 
 SIMULATED = "INT8 (Q/DQ simulated in onnxruntime)"
+SIMULATED_HALF = "INT8 and FP16 (simulated in onnxruntime)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class OutputComparison:
     """One output of the two models over all samples.
 
     `sqnr` is 10 log10(sum of ref^2 / sum of (ref - int8)^2) in dB (inf where they are equal), `cosine` the cosine
-    between both as one long vector, `max_error` the largest |ref - int8|. `agreement` is the share of samples with
+    between both as one long vector (nan where the error has no bound), `max_error` the largest |ref - int8|. `agreement` is the share of samples with
     the same top-1 class, None where the output does not look like class scores.
     """
 
@@ -86,6 +87,7 @@ def compare_models(
     data: str,
     held_out: bool | None,
     progress: Progress | None = None,
+    where: str = SIMULATED,
 ) -> Comparison:
     """Run both models in onnxruntime over the batches, one at a time, and compare them.
 
@@ -93,7 +95,7 @@ def compare_models(
     DataError where it cannot run it.
     """
     left, right = Session(reference), Session(quantized, simulate=True)
-    return compare_runners(left, right, batches, data, held_out, progress)
+    return compare_runners(left, right, batches, data, held_out, progress, where)
 
 
 def compare_runners(
@@ -105,7 +107,10 @@ def compare_runners(
     progress: Progress | None = None,
     where: str = SIMULATED,
 ) -> Comparison:
-    """Compare every output that is a tensor of numbers; `where` says what the second runner is."""
+    """Compare every output that is a tensor of numbers; `where` says what the second runner is.
+
+    Raises ModelError where their outputs differ in name or shape, DataError where there are no samples.
+    """
     names = reference.outputs
     if set(names) != set(other.outputs):
         raise ModelError(f"the models have different outputs: {', '.join(names)} and {', '.join(other.outputs)}")
@@ -119,6 +124,8 @@ def compare_runners(
         done += batch.samples
         if progress:
             progress("compare", done, None)
+    if not done:
+        raise DataError(f"{data} holds no samples: give at least one")
     return Comparison(tuple(m.result() for m in measured.values() if m.numbers), done, data, held_out, where)
 
 
@@ -163,14 +170,19 @@ class _Measured:
         self._error = max(self._error, float(np.max(np.abs(error), initial=0)))
 
     def result(self) -> OutputComparison:
-        norms = math.sqrt(self._signal * self._power)
         return OutputComparison(
             self.name,
             sqnr=_decibels(self._signal, self._noise),
-            cosine=self._product / norms if norms else float(self._signal == self._power),
+            cosine=self._cosine(),
             max_error=self._error,
             agreement=self._same / self._rows if self._scores and self._rows else None,
         )
+
+    def _cosine(self) -> float:
+        if not math.isfinite(self._noise):
+            return math.nan
+        norms = math.sqrt(self._signal * self._power)
+        return self._product / norms if norms else float(self._signal == self._power)
 
 
 def _looks_like_scores(shape: Sequence[int]) -> bool:

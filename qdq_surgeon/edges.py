@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -142,7 +143,7 @@ class Plan:
     placement: str
     placement_digest: str
     model_digest: str
-    because: Mapping[str, str]
+    because: Mapping[str, str] = field(hash=False)
     sites: tuple[Site, ...]
     kept: tuple[Kept, ...] = ()
     shares: tuple[Share, ...] = ()
@@ -190,8 +191,10 @@ class Plan:
             raw.pop("comparison", None)
             if raw.pop("format") != PLAN_FORMAT:
                 raise PlanError(f"the plan has another format than {PLAN_FORMAT}: make it again with --plan --json")
-            return _plan(raw)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            return _checked(_plan(raw))
+        except PlanError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise PlanError(
                 f"not a saved plan ({type(error).__name__}: {error}): make one with --plan --json"
             ) from None
@@ -220,6 +223,28 @@ def _plan(raw: dict[str, Any]) -> Plan:
     )
     misses = tuple(Miss(**{**item, "edge": _edge(item["edge"])}) for item in raw.pop("misses"))
     return Plan(**raw, sites=sites, kept=kept, shares=shares, misses=misses)
+
+
+def _checked(plan: Plan) -> Plan:
+    """Refuse what a slip of the hand in a saved plan can make, as far as the plan alone can tell."""
+    edges = [edge for site in plan.sites for edge in site.edges]
+    edges += [edge for share in plan.shares for edge in share.edges] + [kept.edge for kept in plan.kept]
+    rules = {read.rule for site in plan.sites for read in site.reads} | {kept.rule for kept in plan.kept}
+    rules |= {share.rule for share in plan.shares} | {miss.rule for miss in plan.misses}
+    wrong = [f"the slot of {edge.reader!r} is {edge.slot!r}" for edge in edges if type(edge.slot) is not int]
+    wrong += [f"the site of {site.tensor!r} has no readers" for site in plan.sites if not site.reads]
+    wrong += [f"the range of {s.tensor!r} is {s.range}" for s in plan.sites if s.range and not _is_range(s.range)]
+    wrong += [f"the axis of {s.tensor!r} is {s.axis!r}" for s in plan.sites if type(s.axis) not in (int, type(None))]
+    wrong += ["a share has no tensors" for share in plan.shares if not share.tensors]
+    wrong += [f"the rule {rule!r} has no reason" for rule in sorted(map(str, rules)) if rule not in plan.because]
+    if wrong:
+        raise PlanError(f"the saved plan is not sound: {wrong[0]}")
+    return plan
+
+
+def _is_range(bounds: tuple[float, float]) -> bool:
+    numbers = all(isinstance(bound, (int, float)) and math.isfinite(bound) for bound in bounds)
+    return numbers and len(bounds) == 2 and bounds[0] < bounds[1]
 
 
 def _edge(raw: dict[str, Any]) -> Edge:

@@ -20,7 +20,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from .calibration.ranges import LEVELS
 from .errors import ModelError
-from .model import DATA_FREE_OPS, HALF_OPSET, QDQ_OPS, Graph, _bodies, _converted, _one_line, default_opset
+from .model import DATA_FREE_OPS, HALF_OPSET, QDQ_OPS, Graph, bodies, converted_to, default_opset, one_line
 from .rules.commuting import MOVES
 from .scales import SMALLEST_NORMAL, to_scale
 
@@ -84,11 +84,11 @@ def _raised(model: ModelProto) -> ModelProto:
     if have >= HALF_OPSET:
         return copy
     try:
-        return _converted(copy, HALF_OPSET)
+        return converted_to(copy, HALF_OPSET)
     except Exception as error:
         raise ModelError(
             f"FP16 scales need opset {HALF_OPSET}, the model has {have}, and onnx's converter refuses to raise it "
-            f"({_one_line(error)}): export it with opset {HALF_OPSET} or later"
+            f"({one_line(error)}): export it with opset {HALF_OPSET} or later"
         ) from error
 
 
@@ -127,7 +127,7 @@ def _all_half(source: ModelProto) -> ModelProto:
             force_fp16_inputs=converter.ALWAYS_FLOAT_INPUTS,
         )
     except Exception as error:
-        raise ModelError(f"onnxruntime's converter cannot turn the model into FP16: {_one_line(error)}") from error
+        raise ModelError(f"onnxruntime's converter cannot turn the model into FP16: {one_line(error)}") from error
     return half
 
 
@@ -140,19 +140,19 @@ def _check(half: ModelProto, source: ModelProto) -> None:
             onnx.checker.check_model(source, full_check=True)
         except Exception:
             return
-        raise ModelError(f"the model cannot be turned into FP16: {_one_line(error)}") from error
+        raise ModelError(f"the model cannot be turned into FP16: {one_line(error)}") from error
 
 
 def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
     yield graph
     for node in graph.node:
-        for _, body in _bodies(node):
+        for _, body in bodies(node):
             yield from _graphs(body)
 
 
 def half_scale(scale: NDArray[Any]) -> NDArray[Any]:
     """A scale in FP16: rounded up, and never below the smallest normal number."""
-    return to_scale(scale.astype(np.float64) * LEVELS, HALF)
+    return to_scale(np.minimum(scale, LARGEST).astype(np.float64) * LEVELS, HALF)
 
 
 def _raised_scales(source: ModelProto) -> Iterator[str]:
@@ -291,14 +291,14 @@ def _decide(top: _Scope, types: _Types, ranges: Mapping[str, float]) -> list[str
 def _reason(op: _Op, types: _Types, sizes: set[str], blocked: frozenset[str]) -> str:
     """Why a node stays FP32; nothing for one that does not, and for pairs and constants, which follow their readers."""
     floats = [name for name in (*op.inputs, *op.outputs) if name in types.floats]
-    if not floats or op.kind in QDQ_OPS or op.kind == "Constant" or op.kind in DATA_FREE_OPS or _bodies(op.before):
+    if not floats or op.kind in QDQ_OPS or op.kind == "Constant" or op.kind in DATA_FREE_OPS or bodies(op.before):
         return ""
     if op.schema is None:
         return "onnx does not know this operator, nor whether it takes FP16"
     if op.kind in blocked:
         return "onnxruntime's converter keeps this operator FP32"
     written = [op.writes_half(index) for index, name in enumerate(op.outputs) if name in types.floats]
-    if not (all(written) and (op.inputs[:1] == () or op.inputs[0] not in types.floats or op.takes_half(0))):
+    if not (all(written) and (not op.inputs or op.inputs[0] not in types.floats or op.takes_half(0))):
         return "this operator takes no FP16"
     if sizes.issuperset(op.outputs):
         return "it computes with tensor sizes, which FP16 holds exactly only up to 2048"
@@ -368,7 +368,7 @@ class _Scope:
         self._inner: list[_Scope] = []
         for changed, original in zip(now.node, before.node, strict=True):
             self._ops.append(_Op(changed, original, types.schema(original)))
-            for (_, body), (_, body_before) in zip(_bodies(changed), _bodies(original), strict=True):
+            for (_, body), (_, body_before) in zip(bodies(changed), bodies(original), strict=True):
                 self._inner.append(_Scope(body, body_before, types, names, self._full))
 
     def scopes(self) -> Iterator[_Scope]:
@@ -493,7 +493,7 @@ class _Scope:
             self._cast(name, inside, name, other)
             self._full.difference_update({name} if have == FULL else ())
             self._full.add(inside if have == FULL else name)
-        elif any(self._wanted(op, slot) == other for op, slot in readers[name]):
+        elif any(self._wanted(op, slot) == other and op.now.input[slot] == name for op, slot in readers[name]):
             cast = self._names.fresh(f"{name}_{SUFFIX[other]}")
             self._rewire(name, cast, other, readers)
             self._cast(name, name, cast, other)

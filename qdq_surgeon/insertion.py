@@ -7,13 +7,13 @@ only input slots change; removing the pairs gives the input back.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from .edges import Plan, Site
 from .errors import PlanError
@@ -37,7 +37,7 @@ def insert_pairs(model: Model, plan: Plan, scales: Scales, version: str) -> Mode
     proto = ModelProto()
     proto.CopyFrom(model.proto)
     names = _Names(proto)
-    pairs = [_pair(site, scales.of(site), names, model.opset) for site in _with_readers(plan, scales)]
+    pairs = [_pair(site, scales.of(site), names, model.opset) for site in scales.sites(plan)]
     _rewire(proto.graph, pairs)
     _splice(proto.graph, pairs)
     _record(proto, plan, scales, version)
@@ -51,14 +51,6 @@ class _Pair:
     site: Site
     fragment: GraphProto
     output: str
-
-
-def _with_readers(plan: Plan, scales: Scales) -> Iterator[Site]:
-    """The sites without the edges that went back to float, and without those that nothing reads any more."""
-    for site in plan.sites:
-        reads = tuple(read for read in site.reads if read.edge not in scales.dropped)
-        if reads:
-            yield replace(site, reads=reads)
 
 
 def _pair(site: Site, scale: NDArray[Any], names: _Names, opset: int) -> _Pair:
@@ -118,7 +110,7 @@ def _record(proto: ModelProto, plan: Plan, scales: Scales, version: str) -> None
         "placement": plan.placement,
         "placement_digest": plan.placement_digest,
         "method": scales.method,
-        "data": "synthetic" if scales.origin.synthetic else "given",
+        "data": "synthetic" if scales.origin.synthetic else "given" if scales.origin.samples else "none",
         "data_digest": scales.origin.digest,
         "samples": str(scales.origin.samples),
     }
@@ -165,17 +157,25 @@ def strip_pairs(quantized: ModelProto) -> ModelProto:
     makers = {output: node for node in graph.node for output in node.output}
     constants = {tensor.name: tensor for tensor in graph.initializer}
     sources: dict[str, str] = {}
+    casts: dict[str, NodeProto] = {}
     for node in graph.node:
         if node.op_type != "DequantizeLinear":
             continue
         maker = makers.get(node.input[0])
         if maker is not None and maker.op_type == "QuantizeLinear":
+            types = [constants[name].data_type for name in (maker.input[1], node.input[1]) if name in constants]
+            if len(set(types)) > 1:  # the pair leads from one float type to another
+                casts[node.output[0]] = helper.make_node("Cast", [maker.input[0]], [node.output[0]], to=types[1])
+                continue
             sources[node.output[0]] = maker.input[0]
         elif node.input[0] in constants:
             sources[node.output[0]] = node.output[0]
             graph.initializer.append(_dequantized(node, constants))
-    kept = [node for node in graph.node if node.op_type != "DequantizeLinear" or node.output[0] not in sources]
+    kept = [casts.get(node.output[0], node) if node.output else node for node in graph.node]
+    kept = [node for node in kept if node.op_type != "DequantizeLinear" or node.output[0] not in sources]
     _redirect([graph], {name: _origin(name, sources) for name in sources})
+    for node in casts.values():
+        node.input[0] = _origin(node.input[0], sources)
     for output in graph.output:
         if output.name in sources and output.name not in constants:
             kept.append(NodeProto(op_type="Identity", input=[_origin(output.name, sources)], output=[output.name]))

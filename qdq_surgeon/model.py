@@ -129,7 +129,8 @@ class Model:
         parts = [proto.SerializeToString(deterministic=True) for proto in self.proto.opset_import]
         parts += map(_node_bytes, self.proto.graph.node)
         parts += [_tensor_digest(tensor) for tensor in self.proto.graph.initializer]
-        parts += [proto.SerializeToString(deterministic=True) for proto in self.proto.graph.sparse_initializer]
+        others = (*self.proto.graph.sparse_initializer, *self.proto.functions)
+        parts += [proto.SerializeToString(deterministic=True) for proto in others]
         for part in sorted(parts):
             whole.update(hashlib.sha256(part).digest())
         for value in (*self.proto.graph.input, *self.proto.graph.output):
@@ -205,9 +206,14 @@ class Graph:
 
     def value(self, tensor: str) -> NDArray[Any]:
         """The value of a constant tensor. Raises ModelError where it cannot be computed."""
-        if tensor in self._initializers:
+        if tensor not in self._initializers:
+            return self._fold(tensor)
+        try:
             return numpy_helper.to_array(self._initializers[tensor], self._folder)
-        return self._fold(tensor)
+        except Exception as error:
+            raise ModelError(
+                f"the values of '{tensor}' cannot be read: load the model with its external data, or give its path"
+            ) from error
 
     def _fold(self, tensor: str) -> NDArray[Any]:
         from onnx.reference import ReferenceEvaluator  # slow to import, and most models never need it
@@ -230,7 +236,7 @@ class Graph:
             model = helper.make_model(graph, opset_imports=self.proto.opset_import)
             folded: Any = ReferenceEvaluator(model).run(None, {})
         except Exception as error:
-            raise ModelError(f"the constant '{tensor}' cannot be computed ({_one_line(error)})") from error
+            raise ModelError(f"the constant '{tensor}' cannot be computed ({one_line(error)})") from error
         return np.asarray(folded[0])
 
     def _ordered(self) -> Iterator[Node]:
@@ -289,12 +295,12 @@ class Graph:
                     self._types.setdefault(tensor, known[variable])
 
     def _find_constants(self) -> set[str]:
-        constants = {*self._initializers, *self._sparse}
+        constants = set(self._initializers)
         for node in self.nodes:
             inputs = [name for name in node.inputs if name]
             if not inputs and node.op != "Constant":
                 continue
-            if node.op in NOT_FOLDABLE or node.captured or "::" in node.op or _bodies(node.proto):
+            if node.op in NOT_FOLDABLE or node.captured or "::" in node.op or bodies(node.proto):
                 continue
             if all(name in constants for name in inputs):
                 constants.update(node.outputs)
@@ -329,8 +335,12 @@ def save(proto: ModelProto, path: str | os.PathLike[str]) -> None:
 
 def write_atomically(target: Path, data: bytes) -> None:
     """Write `data` beside `target` and move it into place. Raises ModelError where the folder refuses."""
+    target = Path(os.path.realpath(target))  # behind a link stands what is meant
     temporary = ""
     try:
+        if target.exists() and not target.is_file():  # a pipe, a terminal: nothing to replace
+            target.write_bytes(data)
+            return
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
             temporary = file.name
             file.write(data)
@@ -357,8 +367,15 @@ def tensor_type(value: onnx.ValueInfoProto) -> tuple[int | None, tuple[int | str
     declared = value.type.tensor_type
     if not declared.HasField("shape"):
         return declared.elem_type, None
-    dims = tuple(dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or None) for dim in declared.shape.dim)
+    dims = tuple(_dimension(dim) for dim in declared.shape.dim)
     return declared.elem_type, dims
+
+
+def _dimension(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
+    """A size, a symbol, or None; exporters write -1 for what is open."""
+    if dim.HasField("dim_value") and dim.dim_value >= 0:
+        return dim.dim_value
+    return dim.dim_param or None
 
 
 def _read_file(path: Path) -> ModelProto:
@@ -371,13 +388,11 @@ def _read_file(path: Path) -> ModelProto:
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:
-        raise ModelError(
-            f"{path} is not a whole ONNX file ({_one_line(error)}): export or download it again"
-        ) from error
+        raise ModelError(f"{path} is not a whole ONNX file ({one_line(error)}): export or download it again") from error
     try:
         onnx.load_external_data_for_model(proto, str(path.parent))
     except Exception as error:
-        raise ModelError(f"{path}: its external data is missing: {_one_line(error)}") from error
+        raise ModelError(f"{path}: its external data is missing: {one_line(error)}") from error
     return proto
 
 
@@ -392,8 +407,6 @@ def _prepared(proto: ModelProto, path: Path | None) -> Model:
         copied.CopyFrom(proto)
         copied.ir_version = MIN_IR
         proto = copied
-    for note in notes:
-        log.info("%s", note)
     return Model(proto, original, path, notes)
 
 
@@ -403,9 +416,9 @@ def _raised(proto: ModelProto, name: str) -> tuple[ModelProto, tuple[str, ...]]:
     if have >= want or any(node.op_type in QDQ_OPS for node in proto.graph.node):
         return proto, ()
     try:
-        return _converted(proto, want), (f"opset raised from {have} to {want}",)
+        return converted_to(proto, want), (f"opset raised from {have} to {want}",)
     except Exception as error:
-        reason = _one_line(error)
+        reason = one_line(error)
     if want == HALF_OPSET or have < PER_TENSOR_OPSET:
         raise ModelError(
             f"{name} has opset {have}, Q/DQ needs {want}, and onnx's converter refuses it ({reason}): "
@@ -424,7 +437,7 @@ def _has_half(proto: ModelProto) -> bool:
     return bool(types & HALF_TYPES)
 
 
-def _converted(proto: ModelProto, opset: int) -> ModelProto:
+def converted_to(proto: ModelProto, opset: int) -> ModelProto:
     """onnx's version converter, and what it drops put back: functions, metadata, doc strings, names."""
     from onnx import version_converter
 
@@ -484,7 +497,7 @@ def _first_output(node: NodeProto) -> str:
     return next(filter(None, node.output), "")
 
 
-def _bodies(node: NodeProto) -> list[tuple[str, onnx.GraphProto]]:
+def bodies(node: NodeProto) -> list[tuple[str, onnx.GraphProto]]:
     return [(item.name, item.g) for item in node.attribute if item.type == AttributeProto.GRAPH] + [
         (f"{item.name}[{index}]", graph)
         for item in node.attribute
@@ -495,7 +508,7 @@ def _bodies(node: NodeProto) -> list[tuple[str, onnx.GraphProto]]:
 
 def _captured_edges(node: NodeProto, scope: tuple[str, ...]) -> Iterator[tuple[str, Edge]]:
     """What the bodies of a control-flow node read from outside, each with the edge that reads it."""
-    for name, body in _bodies(node):
+    for name, body in bodies(node):
         inner = (*scope, f"{_first_output(node)}.{name}")
         local = {value.name for value in body.input} | {tensor.name for tensor in body.initializer}
         local |= {tensor.values.name for tensor in body.sparse_initializer}
@@ -524,7 +537,7 @@ def _inferred(
     try:
         inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
     except Exception as error:
-        notes = (f"shapes could not be inferred, so rules that need them do not apply: {_one_line(error)}",)
+        notes = (f"shapes could not be inferred, so rules that need them do not apply: {one_line(error)}",)
         inferred = skeleton.graph
     types: dict[str, int] = {}
     shapes: dict[str, tuple[int | None, ...]] = {}
@@ -564,7 +577,7 @@ _schemas: dict[tuple[str, str], Any] = {}
 def _schema(op: str, domain: str) -> Any:
     key = (op, "" if domain == "ai.onnx" else domain)
     if key not in _schemas:
-        with contextlib.suppress(onnx.defs.SchemaError):
+        with contextlib.suppress(Exception):  # an unknown op, or a name that is no text
             _schemas[key] = onnx.defs.get_schema(*key)
     return _schemas.get(key)
 
@@ -600,7 +613,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, (list, tuple)) or hasattr(value, "add") else value
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 

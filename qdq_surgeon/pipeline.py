@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 from onnx import ModelProto
 
 from .calibration import feeds, taps
-from .calibration.feeds import Data, Shapes, Split
+from .calibration.feeds import Batch, Data, Shapes, Split
 from .calibration.ranges import DEFAULT_METHOD, range_method
 from .calibration.statistics import Origin, Statistics
 from .calibration.taps import Progress
-from .comparison import Comparison, compare_models
-from .edges import Plan
+from .comparison import SIMULATED, SIMULATED_HALF, Comparison, compare_models
+from .edges import Plan, count
 from .errors import ModelError
+from .float16 import to_float16
 from .insertion import insert_pairs
 from .model import INTEGER_OPS, QDQ_OPS, Model, Source, load
 from .rules.filters import Selection, vetoed
@@ -24,6 +26,7 @@ from .rules.placement import DEFAULT, load_placement
 from .rules.planner import check_plan, make_plan
 from .rules.predicates import PairPredicate, Predicate
 from .scales import Scales, choose_scales, tensors_to_calibrate
+from .tensorrt.cache import read_cache, scales_from_cache
 
 VERSION = version("qdq-surgeon")
 NO_SCALES = Scales("none", Origin("no data", "", 0), "", {})
@@ -31,12 +34,18 @@ NO_SCALES = Scales("none", Origin("no data", "", 0), "", {})
 
 @dataclass(frozen=True)
 class Result:
-    """What `quantize` returns. `comparison` is None where it was left out, or where nothing was quantized."""
+    """What `quantize` returns. `comparison` is None where it was left out, or where nothing was quantized.
+
+    `notes` says what a user should know about the model: what stayed FP32 in FP16, for example.
+    """
 
     model: ModelProto
     plan: Plan
     scales: Scales
     comparison: Comparison | None = None
+    notes: tuple[str, ...] = ()
+    evaluation: tuple[Batch, ...] = field(default=(), repr=False, compare=False)
+    """The batches that the comparison ran on."""
 
     def __str__(self) -> str:
         return "\n\n".join(str(part) for part in (next(self.plan.lines()), self.comparison) if part)
@@ -51,27 +60,34 @@ def quantize(
     include: Selection = (),
     exclude: Selection = (),
     op_types: Iterable[str] = (),
-    method: str = DEFAULT_METHOD,
-    samples: int | None = None,
-    shapes: Shapes | None = None,
-    compare: bool = True,
-    progress: Progress | None = None,
+    **options: Unpack[Options],
 ) -> Result:
     """The whole line: a float model in, the same model with Q/DQ pairs out, and the reasons and figures.
 
     `model`: a path, a ModelProto, or anything with `.model_proto`; never changed. `data`: a path, a mapping of
     arrays, or an iterable of mappings; without it the test_data_set_* folders beside the model, else synthetic
-    inputs (`result.scales.origin.synthetic`). At most `samples` samples calibrate. `shapes` gives the sizes of
-    synthetic inputs. `progress(stage, done, total)` may raise to stop the run.
+    inputs (`result.scales.origin.synthetic`). `placement`, `predicates`, `include`, `exclude` and `op_types` are
+    those of `plan`, the other options those of `apply`.
     Raises QdqError, or one of its kinds, for whatever does not fit.
     """
     source = load(model)
     the_plan = plan(
         source, placement=placement, predicates=predicates, include=include, exclude=exclude, op_types=op_types
     )
-    return apply(
-        source, the_plan, data, method=method, samples=samples, shapes=shapes, compare=compare, progress=progress
-    )
+    return apply(source, the_plan, data, **options)
+
+
+class Options(TypedDict, total=False):
+    """The options of `apply`, which `quantize` hands on."""
+
+    method: str
+    samples: int | None
+    shapes: Shapes | None
+    calibration_cache: str | Path | None
+    float16: bool
+    float16_io: bool
+    compare: bool
+    progress: Progress | None
 
 
 def apply(
@@ -82,28 +98,56 @@ def apply(
     method: str = DEFAULT_METHOD,
     samples: int | None = None,
     shapes: Shapes | None = None,
+    calibration_cache: str | Path | None = None,
+    float16: bool = False,
+    float16_io: bool = False,
     compare: bool = True,
     progress: Progress | None = None,
 ) -> Result:
-    """The line from a plan on: calibrate, choose, insert, compare. See `quantize`."""
+    """The line from a plan on: calibrate, choose, insert, compare.
+
+    `method` chooses ranges: mse, max, entropy or percentile[:P]. At most `samples` samples calibrate. `shapes` gives
+    the sizes of synthetic inputs. `calibration_cache` is a TensorRT cache whose scales take the place of a
+    calibration. `float16` puts the un-quantized rest and the scales into FP16 (`float16_io`: inputs and outputs
+    too). `progress(stage, done, total)` may raise to stop the run. See `quantize`.
+    """
     range_method(method)  # a wrong name should not cost a calibration
     source = load(model)
     check_plan(source, the_plan)
     if not the_plan.sites:
         return Result(insert(source, the_plan, NO_SCALES), the_plan, NO_SCALES)
-    if not compare and not tensors_to_calibrate(the_plan):
-        scales = choose_scales(source, the_plan, Statistics({}, source.digest, NO_SCALES.origin), method)
-        return Result(insert(source, the_plan, scales), the_plan, scales)
     split = Split(_feeds(source, data, shapes), samples)
-    statistics = _collect(source, the_plan, split, progress)
-    scales = choose_scales(source, the_plan, statistics, method)
-    quantized = insert(source, the_plan, scales)
-    comparison = None
+    statistics = Statistics({}, source.digest, NO_SCALES.origin)
+    if calibration_cache is not None:
+        scales = scales_from_cache(source, the_plan, read_cache(calibration_cache))
+    elif not compare and not tensors_to_calibrate(the_plan):
+        scales = choose_scales(source, the_plan, statistics, method)
+    else:
+        statistics = _collect(source, the_plan, split, progress)
+        scales = choose_scales(source, the_plan, statistics, method)
+    result = Result(insert(source, the_plan, scales), the_plan, scales)
+    if float16:
+        result = _in_float16(result, statistics, float16_io)
     if compare:
+        batches, held_out = split.for_comparison()
+        where = SIMULATED_HALF if float16 else SIMULATED
         comparison = compare_models(
-            source.original, quantized, split.evaluation, split.feeds.source, split.held_out, progress
+            source.original, result.model, batches, split.feeds.source, held_out, progress, where
         )
-    return Result(quantized, the_plan, scales, comparison)
+        result = replace(result, comparison=comparison, evaluation=tuple(batches))
+    return result
+
+
+def _in_float16(result: Result, statistics: Statistics, io: bool) -> Result:
+    ranges = {name: statistic.amax for name, statistic in statistics.tensors.items()}
+    halved = to_float16(result.model, float16_io=io, ranges=ranges)
+    notes = [f"stays FP32: {line}" for line in halved.kept]
+    if halved.raised:
+        names = ", ".join(halved.raised[:3]) + (" ..." if len(halved.raised) > 3 else "")
+        notes.append(
+            f"{count(len(halved.raised), 'activation')} too small for FP16 scales, which loses accuracy: {names}"
+        )
+    return replace(result, model=halved.model, notes=tuple(notes))
 
 
 def plan(
@@ -169,6 +213,11 @@ def compare(
     left, right = load(float_model), load(qdq_model)
     source = _feeds(left, data, shapes)
     return compare_models(left.original, right.original, source.batches, source.source, None, progress)
+
+
+def evaluation_batches(model: Source, data: Data | None = None, shapes: Shapes | None = None) -> list[Batch]:
+    """The first batches of the data, as many as a comparison keeps."""
+    return Split(_feeds(load(model), data, shapes)).for_comparison()[0]
 
 
 def _feeds(source: Model, data: Data | None, shapes: Shapes | None) -> feeds.Feeds:

@@ -7,8 +7,8 @@ only data moves, and tensors that a rule lets share, get one scale from their st
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -46,7 +46,17 @@ class Scales:
     dropped: Mapping[Edge, str] = field(default_factory=dict)
 
     def of(self, site: Site) -> NDArray[Any]:
+        """The scale of a site. Raises PlanError where there is none: the scales are those of another plan."""
+        if (site.tensor, site.axis) not in self.values:
+            raise PlanError(f"the scales lack the tensor '{site.tensor}': choose them with this plan")
         return self.values[site.tensor, site.axis]
+
+    def sites(self, plan: Plan) -> Iterator[Site]:
+        """The sites that get a pair: without the edges that went back to float, and with a reader left."""
+        for site in plan.sites:
+            reads = tuple(read for read in site.reads if read.edge not in self.dropped)
+            if reads:
+                yield replace(site, reads=reads)
 
     def __str__(self) -> str:
         lines = [f"{len(self.values)} scales by {self.method} from {self.origin.samples} samples of {self.origin.data}"]
@@ -78,8 +88,12 @@ def choose_scales(model: Model, plan: Plan, statistics: Statistics, method: str 
     amax: dict[str, float] = groups.thresholds()
     values: dict[tuple[str, int | None], NDArray[Any]] = {}
     for site in plan.sites:
+        if all(edge in dropped for edge in site.edges):
+            continue
         limits = _weight_amax(model.graph, site) if site.weight else np.asarray(amax[site.tensor])
-        values[site.tensor, site.axis] = to_scale(limits, model.graph.element_type(site.tensor) or TensorProto.FLOAT)
+        scale = to_scale(limits, model.graph.element_type(site.tensor) or TensorProto.FLOAT)
+        scale.setflags(write=False)
+        values[site.tensor, site.axis] = scale
     return Scales(method, statistics.origin, model.digest, values, dropped)
 
 
@@ -121,7 +135,7 @@ class _Groups:
         self._chains = _Chains(plan)
         self._parents: dict[str, str] = {}
         self._statistics: dict[str, list[Statistic]] = defaultdict(list)
-        self._spans: dict[str, tuple[float, float]] = {}
+        self._reaches: dict[str, float] = {}
         self._known = {site.tensor: max(map(abs, site.range)) for site in plan.sites if site.range}
         for base in tensors_to_calibrate(plan):
             statistic = statistics.tensors.get(base)
@@ -129,37 +143,46 @@ class _Groups:
                 raise PlanError(f"the statistics lack the tensor '{base}': calibrate with this plan")
             if not statistic.count:
                 raise DataError(f"'{base}' never held a finite number during calibration: check data and model")
-            top = self._chains.tops[base]
-            self._statistics[top].append(statistic)
-            reach = self._known.get(base) or threshold(statistic)
-            if reach > 0:
-                self._spans[top] = _span([self._spans.get(top, (reach, reach)), (reach, reach)])
+            self._statistics[self._chains.tops[base]].append(statistic)
 
     def drop_what_cannot_share(self) -> Iterator[tuple[Edge, str]]:
         """Join what may share, in the order of the plan; yield the edges of what is too far apart."""
+        spans: dict[str, tuple[float, float]] = {}
         for share in self._plan.shares:
             tops = sorted({self._find(self._chains.tops.get(tensor, tensor)) for tensor in share.tensors})
-            spans = [self._spans[top] for top in tops if top in self._spans]
-            low, high = _span(spans) if spans else (1.0, 1.0)
+            found = [spans.get(top) or (self._reach(top),) * 2 for top in tops if self._reach(top) > 0]
+            low, high = (min(low for low, _ in found), max(high for _, high in found)) if found else (1.0, 1.0)
             if share.limit is not None and high > low * share.limit:
                 reason = f"the ranges to share differ by a factor of {high / low:.3g}, more than {share.limit:g}"
                 yield from ((edge, reason) for edge in share.edges)
                 continue
             self._parents.update(dict.fromkeys(tops[1:], tops[0]))
-            if spans:
-                self._spans[tops[0]] = (low, high)
+            spans[tops[0]] = (low, high)
 
     def thresholds(self) -> dict[str, float]:
         """Every activation site's threshold: the known range of its group, else that of its statistics together."""
-        members: dict[str, list[Statistic]] = defaultdict(list)
+        members: dict[str, list[str]] = defaultdict(list)
         known: dict[str, float] = {}
-        for top, statistics in self._statistics.items():
-            members[self._find(top)] += statistics
+        for top in self._statistics:
+            members[self._find(top)].append(top)
         for tensor, reach in self._known.items():
             root = self._find(self._chains.tops[tensor])
             known[root] = max(known.get(root, 0.0), reach)
-        chosen = {root: known.get(root) or self._threshold(reduce(or_, found)) for root, found in members.items()}
+        chosen = {root: known.get(root) or self._together(tops) for root, tops in members.items()}
         return {tensor: chosen[self._find(top)] for tensor, top in self._chains.tops.items()}
+
+    def _together(self, tops: list[str]) -> float:
+        if len(tops) == 1:
+            return self._reach(tops[0])
+        return self._threshold(reduce(or_, (statistic for top in tops for statistic in self._statistics[top])))
+
+    def _reach(self, top: str) -> float:
+        """How far one chain's values reach on their own; 0 where none of its tensors was calibrated."""
+        if top not in self._reaches:
+            found = self._statistics.get(top)
+            known = [reach for tensor, reach in self._known.items() if self._chains.tops[tensor] == top]
+            self._reaches[top] = max(known) if known else self._threshold(reduce(or_, found)) if found else 0.0
+        return self._reaches[top]
 
     def _find(self, tensor: str) -> str:
         root = tensor
@@ -168,11 +191,6 @@ class _Groups:
         while tensor != root:
             self._parents[tensor], tensor = root, self._parents[tensor]
         return root
-
-
-def _span(spans: Iterable[tuple[float, float]]) -> tuple[float, float]:
-    lows, highs = zip(*spans, strict=True)
-    return min(lows), max(highs)
 
 
 def _weight_amax(graph: Graph, site: Site) -> NDArray[Any]:

@@ -1,5 +1,6 @@
 """The command line: what it writes, what it says, and that bad input is one line, exit code 2 and nothing written."""
 
+import errno
 import json
 import os
 import re
@@ -70,6 +71,7 @@ def folder(tmp_path, monkeypatch):
     onnx.save(custom_op(), "custom.onnx")
     onnx.save(model(CLASSIFIER.replace("Relu", "Sigmoid")), "other.onnx")
     Path("other.json").write_text(qdq_surgeon.plan("other.onnx").to_json())
+    Path("good.json").write_text(qdq_surgeon.plan("model.onnx").to_json())
     Path("broken.json").write_text('{"format": 1, "sites": [{"tensor": 3}]}')
     Path("future.json").write_text('{"format": 99}')
     Path("rules.toml").write_text(BAD_RULE)
@@ -358,6 +360,8 @@ BAD = {
     "json of the plan is the input": (["model.onnx", "--plan", "--json", "model.onnx"], "the input itself"),
     "json folder missing": (["model.onnx", *DATA, "--json", "nowhere/plan.json"], "nowhere"),
     "json is the output": (["model.onnx", *DATA, "-o", "a.onnx", "--json", "a.onnx"], "a.onnx"),
+    "output is the data": (["model.onnx", *DATA, "-o", "data.npz"], "data.npz"),
+    "json is the data": (["model.onnx", *DATA, "--json", "data.npz"], "data.npz"),
     "malformed shapes": (["model.onnx", "--shapes", "x:1x3xbig"], "write name:1x3x224x224"),
     "shapes without a name": (["model.onnx", "--shapes", "1x3x8x8"], "write name:1x3x224x224"),
     "shapes of an unknown input": (["model.onnx", "--shapes", "y:1x3x8x8"], "the model has no input 'y'"),
@@ -388,6 +392,38 @@ def test_bad_input_is_one_line_and_exit_code_2_and_nothing_written(name, folder,
     assert contents(folder) == before
 
 
+BAD_STAGE = {
+    "no command": ([], "COMMAND"),
+    "unknown command": (["quantise", "model.onnx"], "quantise"),
+    "compare without a second model": (["compare", "model.onnx", *DATA], "quantized"),
+    "compare with a missing model": (["compare", "nowhere.onnx", "model.onnx", *DATA], "nowhere.onnx: no such file"),
+    "compare a missing model into a report that exists": (
+        ["compare", "nowhere.onnx", "model.onnx", "--json", "good.json"],
+        "nowhere.onnx",
+    ),
+    "compare with a text file": (["compare", "model.onnx", "text.onnx", *DATA], "text.onnx"),
+    "compare unlike models": (["compare", "model.onnx", "image.onnx", *DATA], "model"),
+    "compare where the report is a model": (
+        ["compare", "model.onnx", "other.onnx", "--json", "other.onnx"],
+        "other.onnx",
+    ),
+    "compare without class scores": (["compare", "image.onnx", "image.onnx", "--min-agreement", "0.9"], "--min-sqnr"),
+    "calibrate with bad data": (["calibrate", "model.onnx", "--data", "nan.npz"], "NaN or infinity"),
+    "calibrate where the report is the data": (["calibrate", "model.onnx", *DATA, "--json", "data.npz"], "data.npz"),
+    "plan of a quantized model": (["plan", "quantized.onnx"], "already quantized"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_STAGE)
+def test_bad_input_to_a_stage_is_one_line_and_exit_code_2_and_nothing_written(name, folder, capsys):
+    arguments, message = BAD_STAGE[name]
+    before = contents(folder)
+    done = run(capsys, *arguments, main=main)
+    assert done.code == 2
+    assert_one_line(done.err, message)
+    assert contents(folder) == before
+
+
 @pytest.mark.parametrize("name", ["unknown method", "json folder missing", "unknown preset", "plan of another model"])
 def test_what_can_be_refused_at_once_does_not_wait_for_the_calibration(name, folder, capsys, monkeypatch):
     def collect(*arguments):
@@ -395,6 +431,18 @@ def test_what_can_be_refused_at_once_does_not_wait_for_the_calibration(name, fol
 
     monkeypatch.setattr("qdq_surgeon.calibration.taps.collect", collect)
     assert run(capsys, *BAD[name][0]).code == 2
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_behind(folder, capsys, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    before = contents(folder)
+    done = run(capsys, "model.onnx", "--data", "data.npz")
+    assert done.code == 2
+    assert_one_line(done.err, "model.qdq.onnx cannot be written: No space left on device")
+    assert contents(folder) == before
 
 
 def test_an_interrupt_is_one_line_and_exit_code_130(folder, capsys, monkeypatch):

@@ -73,7 +73,7 @@ TAKEN_NAMES = """g (float[N,16,8,8] x, float[N,1] x_scale) => (float[N,16,6,6] y
     x_quantized = Relu(x_scale)
     x_dequantized = Add(x_quantized, w_zero_point)
     x_QuantizeLinear = Neg(x_dequantized)
-    u = Neg(x_QuantizeLinear)
+    u, x_zero_point = Dropout(x_QuantizeLinear)
     y = Conv(x, w)
 }"""
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,6 +25,8 @@ log = logging.getLogger("qdq_surgeon")
 
 Data: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | Iterable[Mapping[str, Any]]"
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+Trial: TypeAlias = "Callable[[dict[str, NDArray[Any]]], str | None]"
+"""Runs the model on a feed and tells why it does not run; None where it does."""
 
 DYNAMIC_BATCH = 8
 """How many samples are fed at once where the model leaves the batch open."""
@@ -49,9 +51,18 @@ class Input:
     shape: tuple[int | str | None, ...] | None
 
     @property
+    def rank(self) -> int | None:
+        return None if self.shape is None else len(self.shape)
+
+    @property
     def is_open(self) -> bool:
         """True where the model takes any number of samples along axis 0."""
         return self.shape is None or (len(self.shape) > 0 and not isinstance(self.shape[0], int))
+
+    @property
+    def is_sized(self) -> bool:
+        """True where the model states all dimensions."""
+        return self.shape is not None and all(isinstance(dim, int) for dim in self.shape)
 
     @property
     def batch(self) -> int | None:
@@ -96,7 +107,7 @@ class Feeds:
 
 
 class _Shelf:
-    """Keeps batches up to a size."""
+    """Keeps copies of batches up to a size: whoever gave an array may fill it anew for the next batch."""
 
     def __init__(self) -> None:
         self.batches: list[Batch] = []
@@ -107,7 +118,7 @@ class _Shelf:
         return self.samples < SHELF_SAMPLES and self._bytes < SHELF_BYTES
 
     def add(self, batch: Batch) -> None:
-        self.batches.append(batch)
+        self.batches.append(replace(batch, feed={name: array.copy() for name, array in batch.feed.items()}))
         self.samples += batch.samples
         self._bytes += batch.nbytes
 
@@ -127,6 +138,10 @@ class Split:
     held_out: bool = False
     evaluation: list[Batch] = field(default_factory=list)
     _hash: Any = field(default_factory=hashlib.sha256)
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise DataError(f"{self.limit} samples cannot calibrate: give at least one")
 
     @property
     def digest(self) -> str:
@@ -157,6 +172,19 @@ class Split:
         self.held_out = bool(held.batches)
         self.evaluation = held.batches or seen.batches
 
+    def for_comparison(self) -> tuple[list[Batch], bool]:
+        """The batches to compare on, and whether calibration has not seen them: where it did not run, all that fit."""
+        if self.samples:
+            return self.evaluation, self.held_out
+        shelf = _Shelf()
+        for batch in self.feeds.batches:
+            if not shelf.has_room:
+                break
+            shelf.add(batch)
+        if not shelf.samples:
+            raise DataError(f"{self.feeds.source} holds no samples: give at least one")
+        return shelf.batches, True
+
     def _is_enough(self, batch: Batch) -> bool:
         """True where the limit is reached, or where a batch that cannot be cut would exceed it."""
         if self.limit is None or not self.samples:
@@ -166,8 +194,9 @@ class Split:
     def _used(self, batch: Batch, seen: _Shelf) -> Batch:
         self.samples += batch.samples
         for name in sorted(batch.feed):
-            self._hash.update(name.encode())
-            self._hash.update(np.ascontiguousarray(batch.feed[name]).data)
+            array = batch.feed[name]
+            self._hash.update(f"{name} {array.dtype} {array.shape}".encode())
+            self._hash.update(np.ascontiguousarray(array).view(np.uint8).data)
         if seen.has_room:
             seen.add(batch)
         return batch
@@ -192,12 +221,10 @@ def read_data(data: Data, model: Model) -> Feeds:
     raise DataError(f"data is a path, a mapping of arrays or an iterable of mappings; this is a {type(data).__name__}")
 
 
-def default_data(
-    model: Model, shapes: Shapes | None = None, runs: Callable[[dict[str, NDArray[Any]]], bool] | None = None
-) -> Feeds:
+def default_data(model: Model, shapes: Shapes | None = None, runs: Trial | None = None) -> Feeds:
     """The test_data_set_* folders beside the model if there are any, else synthetic inputs.
 
-    `runs` says whether the model accepts a feed; it serves to find sizes for dimensions that nothing states.
+    `runs` tries a feed on the model; it serves to find sizes for dimensions that nothing states.
     """
     inputs = declared_inputs(model)
     folder = model.path.parent if model.path else None
@@ -256,24 +283,27 @@ def _read_test_set(folder: Path, inputs: tuple[Input, ...]) -> Batch:
 
 def _read_arrays(path: Path, inputs: tuple[Input, ...]) -> dict[str, NDArray[Any]]:
     try:
-        arrays = _load_arrays(path)
+        arrays = _load_arrays(path, inputs)
+    except DataError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path} is not a whole .npz or .npy file ({reason}): save it with numpy.savez") from error
-    if not isinstance(arrays, dict):
-        return {_only(inputs, str(path)).name: arrays}
-    return {inputs[0].name: arrays["arr_0"]} if list(arrays) == ["arr_0"] and len(inputs) == 1 else arrays
+    return arrays if isinstance(arrays, dict) else {_only(inputs, str(path)).name: arrays}
 
 
-def _load_arrays(path: Path) -> NDArray[Any] | dict[str, NDArray[Any]]:
-    """An .npy stays on disk, mapped; an .npz is read."""
+def _load_arrays(path: Path, inputs: tuple[Input, ...]) -> NDArray[Any] | dict[str, NDArray[Any]]:
+    """An .npy stays on disk, mapped; of an .npz the inputs are read, and nothing else."""
     with path.open("rb") as file:
         if file.read(2) != b"PK":
             mapped: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
             return mapped
         file.seek(0)
         with np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+            if archive.files == ["arr_0"] and len(inputs) == 1:
+                return {inputs[0].name: archive["arr_0"]}
+            _check_names(archive.files, inputs, str(path))
+            return {declared.name: archive[declared.name] for declared in inputs}
 
 
 def _only(inputs: tuple[Input, ...], source: str) -> Input:
@@ -288,36 +318,40 @@ def _only(inputs: tuple[Input, ...], source: str) -> Input:
 def _from_arrays(arrays: Mapping[str, Any], inputs: tuple[Input, ...], source: str) -> Feeds:
     """Cut arrays with the samples along axis 0 into batches. One input's single batch serves every batch."""
     _check_names(arrays, inputs, source)
-    cuts = {d.name: _cuts(_array(arrays[d.name], d, source), d, source) for d in inputs}
+    given = {d.name: _array(arrays[d.name], d, source) for d in inputs}
+    cuts = {d.name: _cuts(given[d.name], d, source) for d in inputs}
     counts = {name: len(pieces) for name, pieces in cuts.items() if len(pieces) != 1}
-    if len(set(counts.values())) > 1:
-        sizes = ", ".join(f"{name} {_rows(np.asarray(arrays[name]))}" for name in counts)
+    lengths = {len(given[d.name]) for d in inputs if d.name in counts and d.is_open and given[d.name].ndim == d.rank}
+    if len(set(counts.values())) > 1 or len(lengths) > 1:
+        sizes = ", ".join(f"{name} {len(given[name])}" for name in counts)
         raise DataError(f"{source}: the inputs have different numbers of samples ({sizes})")
     number = next(iter(counts.values()), 1)
     open_batches = [cuts[declared.name] for declared in inputs if declared.is_open]
-    fixed = (inputs[0].batch or 1 if inputs else 1) * number
-    total = max((sum(rows for rows, _ in pieces) for pieces in open_batches), default=fixed)
+    fixed = _fixed_batch([declared for declared in inputs if declared.name in counts] or inputs)
+    total = max((sum(rows for rows, _ in pieces) for pieces in open_batches), default=fixed * number)
 
     def batches() -> Iterator[Batch]:
         for index in range(number):
             feed = {name: pieces[index if len(pieces) > 1 else 0][1]() for name, pieces in cuts.items()}
-            yield _batch(feed, inputs, f"{source}, batch {index}")
+            yield _batch(feed, inputs, f"{source}, batch {index}", fixed)
 
     return Feeds(batches(), source, total)
 
 
 def _cuts(array: NDArray[Any], declared: Input, source: str) -> list[tuple[int, Callable[[], NDArray[Any]]]]:
     """The pieces of one input's array: how many rows each has, and how to read it when its turn comes."""
-    rank = None if declared.shape is None else len(declared.shape)
+    rank = declared.rank
     if array.ndim == 0 and rank in (0, None):
         return [(1, lambda: array)]
     if array.ndim == 0:
         raise DataError(f"{source}: '{declared.name}' is a single number, but the model wants {_shape_text(declared)}")
     if not len(array):
         raise DataError(f"{source}: '{declared.name}' is empty")
+    if rank is not None and array.ndim not in (rank, rank + 1):
+        raise DataError(_misfit(f"{source}: '{declared.name}'", array, declared))
     if rank is not None and array.ndim == rank + 1:
         return [(array.shape[1] if rank else 1, lambda i=i: array[i]) for i in range(len(array))]  # type: ignore[misc]
-    size = declared.batch or DYNAMIC_BATCH
+    size = declared.batch or _open_batch(len(array))
     whole = len(array) // size * size if declared.batch else len(array)
     if not whole:
         raise DataError(f"{source}: '{declared.name}' has {len(array)} samples, but the model's batch is {size}")
@@ -326,6 +360,22 @@ def _cuts(array: NDArray[Any], declared: Input, source: str) -> list[tuple[int, 
         log.warning("%s: the last %d samples do not fill the model's batch of %d and are left out", source, left, size)
     starts = range(0, whole, size)
     return [(min(size, whole - i), lambda i=i: array[i : min(i + size, whole)]) for i in starts]  # type: ignore[misc]
+
+
+def _open_batch(samples: int) -> int:
+    """How many samples to feed at once: fewer where a batch to hold out would be missing otherwise."""
+    return DYNAMIC_BATCH if samples < ENOUGH_SAMPLES else min(DYNAMIC_BATCH, samples // HELD_OUT_EVERY)
+
+
+def _fixed_batch(inputs: Iterable[Input]) -> int:
+    """How many samples a feed holds where the model fixes all batches.
+
+    The smallest axis 0: inputs that share a batch agree there, and what has another axis first (a recurrent state
+    its layers, a table its rows) mostly has more. A vector has a batch axis only where all inputs are vectors.
+    """
+    sized = [declared for declared in inputs if declared.shape]
+    sizes = [declared.batch or 1 for declared in sized if len(declared.shape or ()) > 1]
+    return min(sizes or [declared.batch or 1 for declared in sized], default=1)
 
 
 def _from_iterable(data: Iterable[Mapping[str, Any]], inputs: tuple[Input, ...]) -> Iterator[Batch]:
@@ -337,13 +387,16 @@ def _from_iterable(data: Iterable[Mapping[str, Any]], inputs: tuple[Input, ...])
         yield _batch({d.name: _array(feed[d.name], d, source) for d in inputs}, inputs, source)
 
 
-def _batch(feed: Mapping[str, NDArray[Any]], inputs: tuple[Input, ...], source: str) -> Batch:
-    """Check one feed against the model's inputs and give it the declared types."""
+def _batch(feed: Mapping[str, NDArray[Any]], inputs: tuple[Input, ...], source: str, fixed: int | None = None) -> Batch:
+    """Check one feed against the model's inputs and give it the declared types.
+
+    It counts as `fixed` samples where the model leaves no batch open.
+    """
     _check_names(feed, inputs, source)
     checked = {declared.name: _checked(feed[declared.name], declared, source) for declared in inputs}
     along = frozenset(declared.name for declared in inputs if declared.is_open)
     if not along:
-        return Batch(checked, inputs[0].batch or 1 if inputs else 1)
+        return Batch(checked, fixed or _fixed_batch(inputs))
     return Batch(checked, max(_rows(checked[name]) for name in along), along)
 
 
@@ -352,7 +405,9 @@ def _checked(array: NDArray[Any], declared: Input, source: str) -> NDArray[Any]:
     if array.dtype != declared.dtype and not np.can_cast(array.dtype, declared.dtype, "same_kind"):
         raise DataError(f"{where} holds {array.dtype}, but the model wants {declared.dtype}: convert it")
     if not _fits(array.shape, declared):
-        raise DataError(f"{where} has shape {list(array.shape)}, but the model wants {_shape_text(declared)}")
+        raise DataError(_misfit(where, array, declared))
+    if not _rows(array):
+        raise DataError(f"{where} is empty")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise DataError(f"{where} holds NaN or infinity: clean the data")
     with np.errstate(over="ignore"):
@@ -372,7 +427,11 @@ def _fits(shape: tuple[int, ...], declared: Input) -> bool:
     return len(shape) == len(declared.shape) and all(not isinstance(want, int) or want == have for want, have in pairs)
 
 
-def _check_names(given: Mapping[str, Any], inputs: tuple[Input, ...], source: str) -> None:
+def _misfit(where: str, array: NDArray[Any], declared: Input) -> str:
+    return f"{where} has shape {list(array.shape)}, but the model wants {_shape_text(declared)}"
+
+
+def _check_names(given: Collection[str], inputs: tuple[Input, ...], source: str) -> None:
     wanted = [declared.name for declared in inputs]
     missing = [name for name in wanted if name not in given]
     extra = [str(name) for name in given if name not in wanted]
@@ -397,9 +456,7 @@ def _array(value: Any, declared: Input, source: str) -> NDArray[Any]:
     return array
 
 
-def _synthetic(
-    inputs: tuple[Input, ...], shapes: Shapes, runs: Callable[[dict[str, NDArray[Any]]], bool] | None
-) -> Iterator[Batch]:
+def _synthetic(inputs: tuple[Input, ...], shapes: Shapes, runs: Trial | None) -> Iterator[Batch]:
     """Seeded normal values for floats, 0 and 1 for integers. Unknown sizes: `shapes`, else the first that runs."""
     by_name = {declared.name: declared for declared in inputs}
     for name, shape in shapes.items():
@@ -408,16 +465,26 @@ def _synthetic(
         if not _fits(shape, by_name[name]):
             raise DataError(f"--shapes: '{name}' has {list(shape)}, but the model wants {_shape_text(by_name[name])}")
     generator = np.random.default_rng(0)
-    size = next(
-        (size for size in SYNTHETIC_SIZES if runs is None or runs(_made_up(inputs, shapes, size, generator))),
-        None,
-    )
-    if size is None:
-        raise DataError(
-            "no input sizes were found with which the model runs: state them with --shapes name:1x3x224x224"
-        )
+    size = _size_that_runs(inputs, shapes, runs, generator)
+    del runs  # it may hold a whole model
     for _ in range(SYNTHETIC_SAMPLES):
         yield _batch(_made_up(inputs, shapes, size, generator), inputs, "synthetic inputs")
+
+
+def _size_that_runs(
+    inputs: tuple[Input, ...], shapes: Shapes, runs: Trial | None, generator: np.random.Generator
+) -> int:
+    """The first of SYNTHETIC_SIZES with which the model runs; where all sizes are stated, these must run."""
+    stated = all(declared.name in shapes or declared.is_sized for declared in inputs)
+    for size in SYNTHETIC_SIZES:
+        feed = _made_up(inputs, shapes, size, generator)
+        reason = runs(feed) if runs else None
+        if reason is None:
+            return size
+        if stated:
+            sizes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
+            raise DataError(f"the model does not run on inputs of these sizes ({sizes}): {reason}")
+    raise DataError("no input sizes were found with which the model runs: state them with --shapes name:1x3x224x224")
 
 
 def _made_up(

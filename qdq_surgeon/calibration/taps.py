@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from ..errors import DataError, ModelError
-from ..model import Model
-from .feeds import Batch
+from ..model import Model, bodies
+from .feeds import Batch, Trial
 from .statistics import Accumulator, Statistic
 
 log = logging.getLogger("qdq_surgeon")
@@ -39,7 +40,7 @@ class Session:
             disabled = ["WeightBiasQuantization"]
         try:
             self._session = ort.InferenceSession(
-                proto.SerializeToString(), options, ["CPUExecutionProvider"], disabled_optimizers=disabled
+                _serialized(proto), options, ["CPUExecutionProvider"], disabled_optimizers=disabled
             )
         except Exception as error:
             raise ModelError(f"onnxruntime refuses the model: {_reason(error)}") from error
@@ -64,13 +65,19 @@ class Session:
         """FP32 data for a model whose inputs were made FP16."""
         return {name: array.astype("float16") if name in self._half_inputs else array for name, array in feed.items()}
 
-    def runs(self, feed: dict[str, NDArray[Any]]) -> bool:
-        """True where the model accepts a feed."""
+    def runs(self, feed: dict[str, NDArray[Any]]) -> str | None:
+        """None where the model runs on a feed, else onnxruntime's reason."""
         try:
             self._session.run(None, feed)
-        except Exception:
-            return False
-        return True
+        except Exception as error:
+            return _reason(error)
+        return None
+
+
+def trial(proto: ModelProto) -> Trial:
+    """`Session.runs` of one session, which is opened when the first feed is tried."""
+    session = functools.cache(lambda: Session(proto))
+    return lambda feed: session().runs(feed)
 
 
 def tap(model: Model, tensors: Iterable[str]) -> ModelProto:
@@ -103,7 +110,35 @@ def collect(
         done += batch.samples
         if progress:
             progress("calibrate", done, None if total is None else max(done, total))
-    return {name: accumulator.result() for name, accumulator in counted.items()}
+    statistics = {name: accumulator.result() for name, accumulator in counted.items()}
+    for name, statistic in statistics.items():
+        if statistic.non_finite:
+            _warn_of_non_finite(name, statistic.non_finite)
+    return statistics
+
+
+def _warn_of_non_finite(name: str, number: int) -> None:
+    log.warning("'%s' held %d NaN or infinite values during calibration: its scale ignores them", name, number)
+
+
+def _serialized(proto: ModelProto) -> bytes:
+    """The model for onnxruntime, which refuses doubled node names: ONNX allows them, so then all go."""
+    names = [node.name for node in _nodes(proto.graph) if node.name]
+    if len(set(names)) == len(names):
+        return proto.SerializeToString()
+    nameless = ModelProto()
+    nameless.CopyFrom(proto)
+    for node in _nodes(nameless.graph):
+        node.ClearField("name")
+    return nameless.SerializeToString()
+
+
+def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    """All nodes of a graph, those of its control-flow bodies included."""
+    for node in graph.node:
+        yield node
+        for _, body in bodies(node):
+            yield from _nodes(body)
 
 
 def _reason(error: BaseException) -> str:

@@ -63,6 +63,7 @@ def check_plan(model: Model, plan: Plan) -> None:
         raise PlanError("the plan belongs to another model: make one for this model with --plan --json")
     seen: set[Edge] = set()
     for site in plan.sites:
+        _check_site(model.graph, site)
         for edge in site.edges:
             node = model.graph.reading_node(edge)
             if node is None or not 0 <= edge.slot < len(node.inputs) or node.inputs[edge.slot] != site.tensor:
@@ -70,6 +71,20 @@ def check_plan(model: Model, plan: Plan) -> None:
             if edge in seen:
                 raise PlanError(f"the plan has two pairs for {edge}")
             seen.add(edge)
+
+
+def _check_site(graph: Graph, site: Site) -> None:
+    if site.weight is not graph.is_constant(site.tensor):
+        raise PlanError(f"the plan takes '{site.tensor}' for {'a weight' if site.weight else 'an activation'}")
+    if site.axis is not None and not (site.weight and 0 <= site.axis < _rank(site.tensor, graph)):
+        raise PlanError(f"the plan gives '{site.tensor}' the channel axis {site.axis}, which it does not have")
+    if site.source is not None and not graph.position(site.source) < graph.position(site.tensor):
+        raise PlanError(f"the plan lets '{site.tensor}' reuse the scale of '{site.source}', which is not upstream")
+
+
+def _rank(tensor: str, graph: Graph) -> int:
+    shape = graph.shape(tensor)
+    return len(shape) if shape is not None else graph.value(tensor).ndim
 
 
 class _Index:
@@ -168,7 +183,7 @@ class _Planner:
                 continue
             if not self.graph.is_constant(tensor):
                 return f"'{tensor}' is not constant, so it cannot have a scale per channel"
-            if not -self._rank(tensor) <= axes[edge] < self._rank(tensor):
+            if not -_rank(tensor, self.graph) <= axes[edge] < _rank(tensor, self.graph):
                 return f"'{tensor}' has no axis {axes[edge]}"
         for edge in (*wanted, *self._edges(rule.share, match)):
             earlier = self._decided.get(edge)
@@ -198,11 +213,7 @@ class _Planner:
         """The channel axis of an edge's weight, counted from 0; None for per tensor (always so below opset 13)."""
         if edge not in axes or self.graph.opset < MIN_OPSET:
             return None
-        return axes[edge] % self._rank(self._tensor(edge))
-
-    def _rank(self, tensor: str) -> int:
-        shape = self.graph.shape(tensor)
-        return len(shape) if shape is not None else self.graph.value(tensor).ndim
+        return axes[edge] % _rank(self._tensor(edge), self.graph)
 
     def _tensor(self, edge: Edge) -> str:
         node = self.graph.reading_node(edge)

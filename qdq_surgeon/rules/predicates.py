@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
@@ -42,6 +43,8 @@ ACTIVATIONS = frozenset(
 FUSED = ACTIVATIONS | {"BatchNormalization", "Dropout", "Identity", "Transpose"}
 """Ops that TensorRT fuses behind a Conv, Gemm or MatMul; each continues with its input 0."""
 WITH_CONSTANT = frozenset({"Add", "Sub", "Mul", "Div"})
+ON_SCORES = frozenset({"Add", "Cast", "Clip", "Div", "Max", "Min", "Mul", "Sub", "Sum", "Where"})
+"""What scaling, masking and clamping do to attention scores before their Softmax."""
 CLAMPS = frozenset({"Relu", "Clip"})
 """Activations that run in the kernel before them, so that the tensor behind is the one that counts."""
 
@@ -50,7 +53,7 @@ MIN_CHANNELS = 16
 CHANNEL_STEP = 8
 MAX_SEQUENCE = 512
 """The longest sequence for which TensorRT fuses INT8 attention (NVIDIA ModelOpt)."""
-MAX_SEARCH = 4096
+MAX_SEARCH = 512
 """How many tensors upstream the search for a common ancestor looks at."""
 MAX_DIAMOND = 8
 """How long one side of an activation written as several ops may be."""
@@ -89,8 +92,8 @@ def constant(view: View, it: Subject) -> bool:
 
 
 def single_use(view: View, it: Subject) -> bool:
-    """The tensor is read exactly once; being a graph output counts as a reading."""
-    return len(view.graph.readers(it.tensor)) == 1
+    """The tensor is read exactly once; being a graph output counts as a reading, Shape and Size do not."""
+    return _uses(it.tensor, view.graph) == 1
 
 
 def fused_branch(view: View, it: Subject) -> bool:
@@ -100,14 +103,23 @@ def fused_branch(view: View, it: Subject) -> bool:
 
 def consumed_quantized(view: View, it: Subject) -> bool:
     """The tensor is read quantized, and by nothing in float, looking through data movement, Relu and Clip."""
+    return _leads_to_pairs(view, it.tensor, through_clamps=True)
+
+
+def moved_to_quantized(view: View, it: Subject) -> bool:
+    """The tensor is read quantized, and by nothing in float, looking through data movement."""
+    return _leads_to_pairs(view, it.tensor, through_clamps=False)
+
+
+def _leads_to_pairs(view: View, tensor: str, through_clamps: bool) -> bool:
     quantized = False
-    pending = [it.tensor]
+    pending = [tensor]
     while pending:
         for edge in view.graph.readers(pending.pop()):
             node = view.graph.reading_node(edge)
             if view.is_quantized(edge):
                 quantized = True
-            elif node is None or not _passes_on(node, edge, view.graph):
+            elif node is None or not _passes_on(node, edge, view.graph, through_clamps):
                 return False
             elif node.op not in DATA_FREE_OPS:
                 pending.extend(output for output in node.outputs if view.graph.is_float(output))
@@ -146,14 +158,14 @@ def small_matmul(view: View, it: Subject) -> bool:
 
 
 def feeds_softmax(view: View, it: Subject) -> bool:
-    """The tensor leads to a Softmax through data movement alone: it holds attention scores."""
+    """The tensor leads to a Softmax through arithmetic and data movement alone: it holds attention scores."""
     pending = [it.tensor]
     while pending:
         for edge in view.graph.readers(pending.pop()):
             node = view.graph.reading_node(edge)
             if node and node.op == "Softmax":
                 return True
-            if node and (commutes(node, view.graph) or node.op == "Cast") and edge.slot == 0:
+            if node and (node.op in ON_SCORES or (commutes(node, view.graph) and edge.slot == 0)):
                 pending.extend(node.outputs)
     return False
 
@@ -197,6 +209,7 @@ PREDICATES: dict[str, Predicate] = {
         single_use,
         fused_branch,
         consumed_quantized,
+        moved_to_quantized,
         quantized_elsewhere,
         small_conv,
         small_matmul,
@@ -212,7 +225,7 @@ LATE = frozenset({"quantized_elsewhere"})
 
 def sentence(predicate: Callable[..., bool]) -> str:
     """The first line of a predicate's docstring, in the shape in which a report quotes it."""
-    text = (inspect.getdoc(predicate) or predicate.__name__).splitlines()[0]
+    text = str(inspect.getdoc(predicate) or getattr(predicate, "__name__", "a condition of yours")).splitlines()[0]
     return text[:1].lower() + text[1:].rstrip(".")
 
 
@@ -229,10 +242,16 @@ def backbone(tensor: str, graph: Graph) -> Node | None:
     return node
 
 
+def _uses(tensor: str, graph: Graph) -> int:
+    """How many edges read the tensor's values; counting stops at three."""
+    reading = (edge for edge in graph.readers(tensor) if edge.op not in DATA_FREE_OPS)
+    return sum(1 for _ in itertools.islice(reading, 3))
+
+
 def _fused_input(node: Node, graph: Graph) -> str | None:
     inner = _pointwise_input(node, graph)
     if inner is not None:
-        return inner if len(graph.readers(inner)) == 1 else None
+        return inner if _uses(inner, graph) == 1 else None
     return _fork(node, graph) if node.op == "Mul" else None
 
 
@@ -250,14 +269,14 @@ def _fork(node: Node, graph: Graph) -> str | None:
     """For `x * f(x)` (SiLU, HardSwish or GELU in several ops): x, where nothing else reads it."""
     left, right = (list(_climb(name, graph)) for name in node.inputs)
     fork = next((tensor for tensor in left if tensor in right), None)
-    return fork if fork and len(graph.readers(fork)) == 2 else None
+    return fork if fork and _uses(fork, graph) == 2 else None
 
 
 def _climb(tensor: str, graph: Graph) -> Iterator[str]:
     for _ in range(MAX_DIAMOND):
         yield tensor
         node = graph.producer(tensor)
-        inner = _pointwise_input(node, graph) if node and len(graph.readers(tensor)) == 1 else None
+        inner = _pointwise_input(node, graph) if node and _uses(tensor, graph) == 1 else None
         if inner is None:
             return
         tensor = inner
@@ -299,10 +318,10 @@ def _root(tensor: str, graph: Graph) -> str:
     return tensor if graph.producer(tensor) else ""
 
 
-def _passes_on(node: Node, edge: Edge, graph: Graph) -> bool:
+def _passes_on(node: Node, edge: Edge, graph: Graph, through_clamps: bool) -> bool:
     if node.op in DATA_FREE_OPS:
         return True
-    return edge.slot == 0 and (node.op in CLAMPS or commutes(node, graph))
+    return edge.slot == 0 and (commutes(node, graph) or (through_clamps and node.op in CLAMPS))
 
 
 def _is_first(tensor: str, graph: Graph) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnx import GraphProto, ModelProto
+from onnx import GraphProto, ModelProto, NodeProto
 
 from ..edges import count
 from ..insertion import PREFIX, strip_pairs
@@ -129,10 +129,8 @@ def _built(
     """The engine of a copy whose nodes have names of ours, so that its layers lead back to them without doubt."""
     copy = ModelProto()
     copy.CopyFrom(proto)
-    number = 0
-    for node in _all_nodes([copy.graph]):
+    for number, node in enumerate(_all_nodes([copy.graph])):
         node.name = f"n{number}"
-        number += 1
     engine = build(copy, backend=backend, shapes=shapes, tf32=tf32)
     for value in copy.graph.input:
         if value.name in engine.shapes:
@@ -144,7 +142,7 @@ def _built(
     return engine, graph, {node.name: node for node in graph.nodes}
 
 
-def _all_nodes(graphs: Iterable[GraphProto]) -> list:  # type: ignore[type-arg]
+def _all_nodes(graphs: Iterable[GraphProto]) -> list[NodeProto]:
     nodes = [node for graph in graphs for node in graph.node]
     inner = [body for node in nodes for item in node.attribute for body in (item.g, *item.graphs) if body.node]
     return nodes + (_all_nodes(inner) if inner else [])

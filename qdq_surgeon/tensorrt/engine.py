@@ -73,9 +73,9 @@ def choose_backend(name: str | None = None) -> Backend:
     """
     if name is not None and name not in BACKENDS:
         raise EngineError(f"unknown backend {name!r}.{nearest(name, BACKENDS)} Backends: {', '.join(BACKENDS)}")
-    installed = [backend for backend in BACKENDS if importlib.util.find_spec(MODULES[backend])]
+    installed = [backend for backend in BACKENDS if _is_installed(MODULES[backend])]
     chosen = name or next(iter(installed), TENSORRT_RTX)
-    if chosen not in installed or not importlib.util.find_spec("polygraphy"):
+    if chosen not in installed or not _is_installed("polygraphy"):
         raise EngineError(f"{TITLES[chosen]} is not installed: pip install 'qdq-surgeon[{EXTRAS[chosen]}]'")
     _select(chosen)
     try:
@@ -83,6 +83,12 @@ def choose_backend(name: str | None = None) -> Backend:
     except Exception as error:
         raise EngineError(f"{TITLES[chosen]} is installed but does not load ({error})") from error
     return Backend(chosen, str(module.__version__), has_gpu())
+
+
+def _is_installed(module: str) -> bool:
+    """True for a package with code; a folder that happens to have its name does not count."""
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None
 
 
 def has_gpu() -> bool:

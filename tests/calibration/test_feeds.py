@@ -203,6 +203,12 @@ def test_a_scalar_input_is_given_whole():
     assert [batch.feed["k"].shape for batch in batches(text, {"x": rows(9), "k": np.float32(2)})] == [(), ()]
 
 
+def test_a_scalar_input_may_have_one_number_per_sample():
+    text = "g (float[1,3] x, float k) => (y) { y = Mul(x, k) }"
+    given = [batch.feed["k"] for batch in batches(text, {"x": rows(3), "k": np.float32([5, 6, 7])})]
+    assert [(k.shape, float(k)) for k in given] == [((), 5), ((), 6), ((), 7)]
+
+
 @pytest.mark.parametrize(
     ("text", "data"),
     [

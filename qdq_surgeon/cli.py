@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .calibration.taps import Progress
     from .comparison import Comparison
     from .model import Model
+    from .scales import Scales
     from .tensorrt.runs import EngineReport
 
 OK, GATE_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -29,6 +30,11 @@ OK, GATE_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 SYNTHETIC_WARNING = (
     "No calibration data was given, so the scales come from MADE-UP INPUTS. This model is good for trying out the "
     "tool and TensorRT, not for use: its accuracy means nothing. Give real samples with --data."
+)
+
+SYNTHETIC_COMPARISON = (
+    "No data was given, so the models were compared on MADE-UP INPUTS. These figures say nothing about accuracy. Give "
+    "real samples with --data."
 )
 
 log = logging.getLogger("qdq_surgeon")
@@ -63,7 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("build", _build_options, _build, "build a TensorRT engine, strongly typed", _BUILD_EXAMPLES),
         ("audit", _audit_options, _audit, "build the engine and show what it did with every pair", _AUDIT_EXAMPLES),
     ):
-        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", examples=examples)
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            examples=examples,
+            usage="%(prog)s MODEL [options]" if name != "compare" else "%(prog)s MODEL QUANTIZED [options]",
+        )
         options(command)
         command.set_defaults(run=run, parser=command)
     chosen = parser.parse_args(arguments)
@@ -260,16 +272,19 @@ def _insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
         return _plan(options, say)
     if options.explain:
         raise QdqError("--explain goes with --plan")
+    if options.plan_file and (
+        options.include or options.exclude or options.op_types or options.placement != "tensorrt"
+    ):
+        raise QdqError("--plan-file holds the decisions: give placement and filters to the --plan that made it")
     if options.no_compare and (options.engine or options.min_sqnr is not None or options.min_agreement is not None):
         raise QdqError("--engine, --min-sqnr and --min-agreement need the comparison: leave --no-compare out")
     if options.float16_io and not options.float16:
         raise QdqError("--float16-io goes with --float16")
     model = _load(options)
-    output = _output(options, options.output or options.model.with_name(f"{options.model.stem}.qdq.onnx"))
-    _check_json(options, output)
+    output = options.output or options.model.with_name(f"{options.model.stem}.qdq.onnx")
+    _check_files(options, output)
+    _say_notes(model, say)
     plan = _read_plan(options.plan_file) if options.plan_file else _make_plan(model, options)
-    for note in (*model.notes, *model.graph.notes):
-        say(f"note: {note}")
     say(f"{options.model}: {next(plan.lines())}")
     if not plan.sites:
         say("nothing to quantize: the float model is written as it is (--plan says why)")
@@ -293,7 +308,7 @@ def _insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
         _shout(SYNTHETIC_WARNING)
     if origin.samples:
         say(f"calibrated by {result.scales.method} on {count(origin.samples, 'sample')} of {origin.data}")
-    _say_dropped(result.scales.dropped, say)
+    _say_dropped(result.scales, plan, say)
     for note in result.notes:
         say(f"note: {note}")
     if result.comparison:
@@ -321,7 +336,8 @@ def _plan(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     from .report.explain import explain
 
     model = _load(options)
-    _check_json(options)
+    _check_files(options)
+    _say_notes(model, say)
     plan = _make_plan(model, options)
     say(explain(plan, model.graph, options.explain) if options.explain else plan)
     if options.json:
@@ -336,7 +352,8 @@ def _calibrate(options: argparse.Namespace, say: Callable[[object], None]) -> in
     from .report.tables import table
 
     model = _load(options)
-    _check_json(options)
+    _check_files(options)
+    _say_notes(model, say)
     plan = _make_plan(model, options)
     with _progress_bar(options) as progress:
         statistics = pipeline.calibrate(
@@ -360,14 +377,17 @@ def _calibrate(options: argparse.Namespace, say: Callable[[object], None]) -> in
 
 def _compare(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     from . import pipeline
+    from .calibration.feeds import SYNTHETIC
     from .model import load
     from .tensorrt.runs import compare_engines
 
     _check_gates(options)
-    _check_json(options)
+    _check_files(options)
     model, quantized = load(options.model), load(options.quantized)
     with _progress_bar(options) as progress:
         comparison = pipeline.compare(model, quantized, options.data, shapes=dict(options.shapes), progress=progress)
+    if options.data is None and comparison.data == SYNTHETIC:
+        _shout(SYNTHETIC_COMPARISON)
     say(comparison)
     report = None
     if options.engine:
@@ -388,7 +408,7 @@ def _lint(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     from .tensorrt.mend import mend
 
     model = _load(options)
-    _check_json(options)
+    _check_files(options, options.fix)
     report = lint(model, options.target)
     say(report)
     if options.json:
@@ -397,7 +417,7 @@ def _lint(options: argparse.Namespace, say: Callable[[object], None]) -> int:
         say(f"wrote {options.json}")
     if not options.fix:
         return GATE_FAILED if report.errors else OK
-    output = _output(options, options.fix)
+    output = options.fix
     mended = mend(model, options.target)
     for text in mended.done:
         say(f"mended: {text}")
@@ -413,7 +433,8 @@ def _build(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     from .tensorrt.engine import build
 
     model = _load(options)
-    output = _output(options, options.output or options.model.with_suffix(".engine"))
+    output = options.output or options.model.with_suffix(".engine")
+    _check_files(options, output, options.timing_cache)
     engine = build(
         model,
         backend=options.backend,
@@ -437,7 +458,7 @@ def _audit(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     from .tensorrt.audit import audit
 
     model = _load(options)
-    _check_json(options)
+    _check_files(options)
     done = audit(
         model,
         backend=options.backend,
@@ -466,18 +487,26 @@ def _run(
     log.addHandler(handler)
     log.setLevel(logging.INFO if options.verbose else logging.WARNING)
     try:
-        return command(options, (lambda _: None) if options.quiet else print)
+        return command(options, (lambda _: None) if options.quiet else _say)
     except QdqError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except OSError as error:
+        print(f"{parser.prog}: error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted, nothing was written", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
     finally:
         log.removeHandler(handler)
+
+
+def _say(text: object) -> None:
+    """Print; where nobody reads on, the work goes on in silence."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _load(options: argparse.Namespace) -> Model:
@@ -507,31 +536,31 @@ def _read_plan(path: Path) -> Plan:
         raise PlanError(f"{path}: {error}") from None
 
 
-def _output(options: argparse.Namespace, output: Path) -> Path:
-    """Where to write; refused before any work where it cannot be right."""
-    if output.is_dir():
-        raise QdqError(f"{output} is a folder: name a file with -o")
-    if not output.parent.is_dir():
-        raise QdqError(f"the folder {output.parent} does not exist: create it, or name another output with -o")
-    if output.exists() and options.model.exists() and output.samefile(options.model):
-        raise QdqError(f"{output} is the input itself, which is never overwritten: name another output with -o")
-    return output
+def _check_files(options: argparse.Namespace, *outputs: Path | None) -> None:
+    """Refuse, before any work, outputs that cannot be written, that overwrite an input, or each other."""
+    named = ("model", "quantized", "data", "plan_file", "calibration_cache", "placement")
+    inputs = [Path(value) for name in named if (value := getattr(options, name, None)) is not None]
+    reports = [getattr(options, name, None) for name in ("json", "html", "write_cache")]
+    seen: list[Path] = []
+    for output in (path for path in (*outputs, *reports) if path is not None):
+        if output.is_dir():
+            raise QdqError(f"{output} is a folder: name a file")
+        if not output.parent.is_dir():
+            raise QdqError(f"the folder {output.parent} does not exist: create it, or name another output")
+        if any(_is_same(output, other) for other in inputs):
+            raise QdqError(f"{output} is the input itself, which is never overwritten: name another output")
+        if any(_is_same(output, other) for other in seen):
+            raise QdqError(f"{output} is named for two outputs: give each its own file")
+        seen.append(output)
 
 
-def _check_json(options: argparse.Namespace, output: Path | None = None) -> None:
-    """Refuse, before any work, a report that would overwrite a model or cannot be written."""
-    path: Path | None = options.json
-    if path is None:
-        return
-    if path.is_dir() or not path.parent.is_dir():
-        raise QdqError(f"--json {path}: name a file in a folder that exists")
-    if path.exists() and path.samefile(options.model):
-        raise QdqError(f"--json {path} is the input itself, which is never overwritten")
-    if output is not None and path.absolute() == output.absolute():
-        raise QdqError(f"--json {path} is the output of the model too: name another file")
+def _is_same(left: Path, right: Path) -> bool:
+    return os.path.realpath(left) == os.path.realpath(right)
 
 
 def _check_gates(options: argparse.Namespace) -> None:
+    if options.data is not None and options.shapes:
+        raise QdqError("--shapes is for made-up inputs: leave it out with --data")
     if options.min_speedup is not None and not options.engine:
         raise QdqError("--min-speedup goes with --engine")
     if options.min_agreement is not None and not 0 <= options.min_agreement <= 1:
@@ -559,8 +588,16 @@ def _gate(comparison: Comparison | None, options: argparse.Namespace, report: En
     return GATE_FAILED if failed else OK
 
 
-def _say_dropped(dropped: Any, say: Callable[[object], None]) -> None:
-    for edge, reason in dropped.items():
+def _say_notes(model: Model, say: Callable[[object], None]) -> None:
+    for note in (*model.notes, *model.graph.notes):
+        say(f"note: {note}")
+
+
+def _say_dropped(scales: Scales, plan: Plan, say: Callable[[object], None]) -> None:
+    if not scales.dropped:
+        return
+    say(f"{count(len(list(scales.sites(plan))), 'pair')} of {len(plan.sites)} placed, because ranges differ:")
+    for edge, reason in scales.dropped.items():
         say(f"  {edge} stays float: {reason}")
 
 

@@ -26,8 +26,9 @@ class OutputComparison:
     """One output of the two models over all samples.
 
     `sqnr` is 10 log10(sum of ref^2 / sum of (ref - int8)^2) in dB (inf where they are equal), `cosine` the cosine
-    between both as one long vector (nan where the error has no bound), `max_error` the largest |ref - int8|. `agreement` is the share of samples with
-    the same top-1 class, None where the output does not look like class scores.
+    between both as one long vector (nan where the error has no bound), `max_error` the largest |ref - int8|.
+    `agreement` is the share of samples with the same top-1 class, None where the output does not look like class
+    scores.
     """
 
     name: str

@@ -317,14 +317,14 @@ def test_a_quantized_model_is_refused():
 
 
 def test_every_result_says_what_it_holds():
-    proto, x = model(CLASSIFIER), {"x": images()}
+    proto, x = model(CLASSIFIER), {"x": images(12)}
     result = qdq_surgeon.quantize(proto, x)
     statistics = qdq_surgeon.calibrate(proto, result.plan, x)
     assert_mentions(result, "4 Q/DQ pairs", "SQNR", "y")
     assert_mentions(result.plan, "4 Q/DQ pairs for 4 edges", "x -> Conv c[0]", "fw (axis 0) -> Gemm y[1]", "conv: ")
-    assert_mentions(result.scales, "mse", "20 samples", "x: ", "w: ", "for 32 channels")
-    assert_mentions(result.comparison, "SQNR", "dB", "y", "20 samples")
-    assert_mentions(statistics, "2 tensors", "20 samples", f"x: {x['x'].min():.6g} .. {x['x'].max():.6g}")
+    assert_mentions(result.scales, "mse", "12 samples", "x: ", "w: ", "for 32 channels")
+    assert_mentions(result.comparison, "SQNR", "dB", "y", "12 samples")
+    assert_mentions(statistics, "2 tensors", "12 samples", f"x: {x['x'].min():.6g} .. {x['x'].max():.6g}")
     assert_mentions(statistics.tensors["x"], "minimum", "maximum", "count")
     assert_mentions(result.plan.sites[0], "x -> Conv c[0]")
     assert_mentions(result.plan.sites[0].edges[0], "Conv c[0]")

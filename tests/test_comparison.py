@@ -78,6 +78,14 @@ def test_a_nan_that_the_float_model_does_not_have_is_an_error_without_bound():
     assert not math.isfinite(output.max_error)
 
 
+def test_an_output_of_nothing_but_nan_has_no_cosine():
+    comparison = compared(IDENTITY, "g (float[N,10] x) => (y) { y = Sqrt(x) }", -1 - np.abs(data()))
+    (output,) = comparison.outputs
+    assert output.sqnr == -math.inf
+    assert math.isnan(output.cosine)
+    assert str(comparison).splitlines()[-1].split()[1:4] == ["-inf", "dB", "nan"]
+
+
 @pytest.mark.parametrize(
     ("shape", "like_scores"),
     [
@@ -196,6 +204,11 @@ def test_models_that_do_not_belong_together_are_refused(other):
 def test_data_that_the_model_cannot_take_are_refused():
     with pytest.raises(DataError, match="has no 'x'"):
         compared(IDENTITY, IDENTITY, {"z": data()})
+
+
+def test_no_samples_are_refused():
+    with pytest.raises(DataError, match="holds no samples: give at least one"):
+        compared(IDENTITY, IDENTITY, iter([]))
 
 
 def test_the_text_names_outputs_figures_and_data():

@@ -2,8 +2,8 @@
 
     python tools/make_networks.py FOLDER      (needs torch and onnxscript)
 
-The architectures are those of He et al. 2015, Sandler et al. 2018 and Vaswani et al. 2017 (width 512, 8 heads, pre-norm,
-128 tokens of 512 numbers). Seeded. They serve to look at engines, not at accuracy.
+The architectures are those of He et al. 2015, Sandler et al. 2018 and Vaswani et al. 2017 (width 512, 8 heads,
+pre-norm, 128 tokens of 512 numbers). Seeded. They serve to look at engines, not at accuracy.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ Trial: TypeAlias = "Callable[[dict[str, NDArray[Any]]], str | None]"
 
 DYNAMIC_BATCH = 8
 """How many samples are fed at once where the model leaves the batch open."""
+SYNTHETIC = "synthetic inputs"
 SYNTHETIC_SAMPLES = 16
 SYNTHETIC_SIZES = (224, 512, 64, 16, 1)
 """What unknown dimensions are tried with, in order, when inputs are made up."""
@@ -230,7 +231,7 @@ def default_data(model: Model, shapes: Shapes | None = None, runs: Trial | None 
     folder = model.path.parent if model.path else None
     if folder and any(folder.glob("test_data_set_*")):
         return _from_test_sets(folder, inputs)
-    return Feeds(_synthetic(inputs, shapes or {}, runs), "synthetic inputs", SYNTHETIC_SAMPLES, synthetic=True)
+    return Feeds(_synthetic(inputs, shapes or {}, runs), SYNTHETIC, SYNTHETIC_SAMPLES, synthetic=True)
 
 
 def declared_inputs(model: Model) -> tuple[Input, ...]:
@@ -347,7 +348,7 @@ def _cuts(array: NDArray[Any], declared: Input, source: str) -> list[tuple[int, 
         raise DataError(f"{source}: '{declared.name}' is a single number, but the model wants {_shape_text(declared)}")
     if not len(array):
         raise DataError(f"{source}: '{declared.name}' is empty")
-    if rank is not None and array.ndim not in (rank, rank + 1):
+    if not _can_cut(array.shape, declared):
         raise DataError(_misfit(f"{source}: '{declared.name}'", array, declared))
     if rank is not None and array.ndim == rank + 1:
         return [(array.shape[1] if rank else 1, lambda i=i: array[i]) for i in range(len(array))]  # type: ignore[misc]
@@ -429,6 +430,14 @@ def _fits(shape: tuple[int, ...], declared: Input) -> bool:
 
 def _misfit(where: str, array: NDArray[Any], declared: Input) -> str:
     return f"{where} has shape {list(array.shape)}, but the model wants {_shape_text(declared)}"
+
+
+def _can_cut(shape: tuple[int, ...], declared: Input) -> bool:
+    """True where all dimensions behind the first are those of one batch, or of one sample."""
+    if declared.shape is None:
+        return True
+    sample = replace(declared, shape=declared.shape[1:])
+    return _fits(shape[1:], declared) or _fits(shape[1:], sample)
 
 
 def _check_names(given: Collection[str], inputs: tuple[Input, ...], source: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from ..errors import DataError, ModelError
 from ..model import Model, bodies
@@ -113,32 +113,36 @@ def collect(
     statistics = {name: accumulator.result() for name, accumulator in counted.items()}
     for name, statistic in statistics.items():
         if statistic.non_finite:
-            _warn_of_non_finite(name, statistic.non_finite)
+            text = "'%s' held %d NaN or infinite values during calibration: its scale ignores them"
+            log.warning(text, name, statistic.non_finite)
     return statistics
-
-
-def _warn_of_non_finite(name: str, number: int) -> None:
-    log.warning("'%s' held %d NaN or infinite values during calibration: its scale ignores them", name, number)
 
 
 def _serialized(proto: ModelProto) -> bytes:
     """The model for onnxruntime, which refuses doubled node names: ONNX allows them, so then all go."""
-    names = [node.name for node in _nodes(proto.graph) if node.name]
-    if len(set(names)) == len(names):
-        return proto.SerializeToString()
-    nameless = ModelProto()
-    nameless.CopyFrom(proto)
-    for node in _nodes(nameless.graph):
+    names = [node.name for node in _all_nodes(proto) if node.name]
+    return bytes((proto if len(set(names)) == len(names) else _nameless(proto)).SerializeToString())
+
+
+def _nameless(proto: ModelProto) -> ModelProto:
+    copy = ModelProto()
+    copy.CopyFrom(proto)
+    for node in _all_nodes(copy):
         node.ClearField("name")
-    return nameless.SerializeToString()
+    return copy
 
 
-def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    """All nodes of a graph, those of its control-flow bodies included."""
-    for node in graph.node:
+def _all_nodes(proto: ModelProto) -> Iterator[NodeProto]:
+    """The nodes of the graph and of the model's own functions, with those of control-flow bodies."""
+    for graph in (proto.graph, *proto.functions):
+        yield from _nodes(graph.node)
+
+
+def _nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
+    for node in nodes:
         yield node
         for _, body in bodies(node):
-            yield from _nodes(body)
+            yield from _nodes(body.node)
 
 
 def _reason(error: BaseException) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 
-from ..edges import GRAPH_OUTPUT, Edge, Plan
+from ..edges import GRAPH_OUTPUT, Edge, Miss, Plan, Site
 from ..errors import FilterError
 from ..model import Graph, Node
 from ..rules.filters import named, nearest_node
@@ -18,30 +19,41 @@ def explain(plan: Plan, graph: Graph, text: str) -> str:
     found = named(graph, text)
     if not found:
         raise FilterError(f"no node is called {text!r}.{nearest_node(graph, text)}")
-    return "\n\n".join("\n".join(_story(plan, graph, node)) for node in graph.nodes if node.first_output in found)
+    teller = _Teller(plan, graph)
+    return "\n\n".join("\n".join(teller.story(node)) for node in graph.nodes if node.first_output in found)
 
 
-def _story(plan: Plan, graph: Graph, node: Node) -> Iterator[str]:
-    quantized = {read.edge: (site, read.rule) for site in plan.sites for read in site.reads}
-    kept = {item.edge: item.rule for item in plan.kept}
-    yield node.label
-    for tensor, edge in zip(node.inputs, node.edges, strict=True):
-        if not tensor:
-            continue
-        yield f"  reads '{tensor}' in slot {edge.slot}: {_state(plan, graph, tensor, edge, quantized, kept)}"
-    for output in filter(None, node.outputs):
-        for edge in graph.readers(output):
-            reader = "a graph output" if edge.slot == GRAPH_OUTPUT else str(edge)
-            yield f"  makes '{output}' for {reader}: {_state(plan, graph, output, edge, quantized, kept)}"
-    for miss in plan.misses:
-        if miss.edge.reader == node.first_output:
+class _Teller:
+    """A plan by edge and by node, so that each story costs no more than its node."""
+
+    def __init__(self, plan: Plan, graph: Graph) -> None:
+        self._graph = graph
+        self._because = plan.because
+        self._quantized: dict[Edge, tuple[Site, str]] = {
+            read.edge: (site, read.rule) for site in plan.sites for read in site.reads
+        }
+        self._kept: dict[Edge, str] = {item.edge: item.rule for item in plan.kept}
+        self._misses: defaultdict[str, list[Miss]] = defaultdict(list)
+        for miss in plan.misses:
+            self._misses[miss.edge.reader].append(miss)
+
+    def story(self, node: Node) -> Iterator[str]:
+        yield node.label
+        for tensor, edge in zip(node.inputs, node.edges, strict=True):
+            if tensor:
+                yield f"  reads '{tensor}' in slot {edge.slot}: {self._state(tensor, edge)}"
+        for output in filter(None, node.outputs):
+            for edge in self._graph.readers(output):
+                reader = "a graph output" if edge.slot == GRAPH_OUTPUT else str(edge)
+                yield f"  makes '{output}' for {reader}: {self._state(output, edge)}"
+        for miss in self._misses[node.first_output]:
             yield f"  did not apply: {miss.rule}: {miss.reason}"
 
-
-def _state(plan: Plan, graph: Graph, tensor: str, edge: Edge, quantized: dict, kept: dict) -> str:  # type: ignore[type-arg]
-    if edge in quantized:
-        site, rule = quantized[edge]
-        return f"quantized{site.notes} by {rule}: {plan.because[rule]}"
-    if edge in kept:
-        return f"float by {kept[edge]}: {plan.because[kept[edge]]}"
-    return "float: no rule speaks of it" if graph.is_float(tensor) else "not a float tensor"
+    def _state(self, tensor: str, edge: Edge) -> str:
+        if edge in self._quantized:
+            site, rule = self._quantized[edge]
+            return f"quantized{site.notes} by {rule}: {self._because[rule]}"
+        if edge in self._kept:
+            rule = self._kept[edge]
+            return f"float by {rule}: {self._because[rule]}"
+        return "float: no rule speaks of it" if self._graph.is_float(tensor) else "not a float tensor"

@@ -16,6 +16,7 @@ from __future__ import annotations
 import ast
 import functools
 import itertools
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -23,11 +24,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx
 
-from ..edges import Edge
+from ..edges import Edge, count
 from ..errors import PlacementError, nearest
 from ..model import Graph, Node
 
 COMMUTATIVE = frozenset({"Add", "Mul", "Sum", "Max", "Min", "Mean", "And", "Or", "Xor", "Equal"})
+MAX_DEPTH = 50
+"""How deep a pattern may nest: matching takes a few Python frames for each level."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +86,21 @@ class Bound:
 
 Match: TypeAlias = Mapping[str, Bound]
 
+_TOO_LARGE = "the pattern is too large: it nests too deep or has too many alternatives; write several rules instead"
+
 
 def parse(text: str) -> TensorPattern:
     """Read a pattern. Raises PlacementError, which says what to write instead."""
     try:
-        tree = ast.parse(f"({text})", mode="eval").body
+        pattern = _parse(ast.parse(f"({text})", mode="eval").body)
     except SyntaxError as error:
         raise PlacementError(f"the pattern {text!r} cannot be read: {error.msg}") from None
-    pattern = _parse(tree)
+    except ValueError as error:
+        raise PlacementError(f"the pattern {text!r} cannot be read: {error}") from None
+    except (RecursionError, MemoryError):
+        raise PlacementError(_TOO_LARGE) from None
+    if _depth(pattern) > MAX_DEPTH:
+        raise PlacementError(_TOO_LARGE)
     if isinstance(pattern, (AnyTensor, Maybe)):
         raise PlacementError(
             f"the pattern {text!r} names no op: write Op({text.strip()}), or Input() for a graph input"
@@ -109,6 +119,16 @@ def captures(pattern: TensorPattern) -> set[str]:
             return set().union(*map(captures, options)) | ({name} if name else set())
         case OpPattern(_, inputs, rest, _, name):
             return set().union(*map(captures, inputs)) | {n for n in (rest, name) if n}
+
+
+def read_captures(pattern: TensorPattern) -> set[str]:
+    """The captured names that a pattern reads by an edge: all but those that stand at its top alone."""
+    match pattern:
+        case Either(options):
+            return set().union(*map(read_captures, options))
+        case OpPattern():
+            return captures(replace(pattern, name=None))
+    return set()
 
 
 def root_ops(pattern: TensorPattern) -> frozenset[str] | None:
@@ -266,7 +286,10 @@ def _parse_call(call: ast.Call) -> TensorPattern:
             inputs.append(_parse(argument))
         if rest is not None and not last:
             raise PlacementError(f"in {ast.unparse(call)!r}, {ast.unparse(argument)} must be the last input")
-    return OpPattern(_ops(call.func), tuple(inputs), rest, _attributes(call))
+    pattern = OpPattern(_ops(call.func), tuple(inputs), rest, _attributes(call))
+    _check_inputs(pattern, call)
+    _check_attributes(pattern, call)
+    return pattern
 
 
 def _attributes(call: ast.Call) -> dict[str, Any]:
@@ -274,12 +297,52 @@ def _attributes(call: ast.Call) -> dict[str, Any]:
     for keyword in call.keywords:
         try:
             value = ast.literal_eval(keyword.value)
-        except ValueError:
+        except (ValueError, TypeError):
             value = None
-        if keyword.arg is None or value is None:
+        if keyword.arg is None or not _is_plain(value):
             raise PlacementError(f"in {ast.unparse(call)!r}, an attribute is written name=value, with a plain value")
         attributes[keyword.arg] = list(value) if isinstance(value, tuple) else value
     return attributes
+
+
+def _is_plain(value: Any) -> bool:
+    """True for what an ONNX attribute can hold and a pattern can say: a number, a string, or a list of them."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    return isinstance(value, (float, str))
+
+
+def _check_inputs(pattern: OpPattern, call: ast.Call) -> None:
+    """Refuse inputs that an op can never have. In a group, an optional one need only exist in one of the ops."""
+    limits = {op: _max_inputs(op) for op in pattern.ops or ()}
+    needed = max((n for n, inner in enumerate(pattern.inputs, 1) if not isinstance(inner, Maybe)), default=0)
+    for op, limit in sorted(limits.items()):
+        if needed > limit or len(pattern.inputs) > max(limits.values()):
+            raise PlacementError(
+                f"in {ast.unparse(call)!r}, {op} takes {count(limit, 'input')} at most: "
+                f"take out {len(pattern.inputs) - limit}{_or_apart(pattern)}"
+            )
+
+
+def _check_attributes(pattern: OpPattern, call: ast.Call) -> None:
+    for op in sorted((pattern.ops or frozenset()) & _onnx_ops().keys()):
+        for name in sorted(pattern.attributes.keys() - _onnx_ops()[op]):
+            raise PlacementError(
+                f"in {ast.unparse(call)!r}, {op} has no attribute {name!r}.{nearest(name, _onnx_ops()[op])} "
+                f"It has {', '.join(sorted(onnx.defs.get_schema(op).attributes)) or 'none'}: "
+                f"take {name} out{_or_apart(pattern)}"
+            )
+
+
+def _or_apart(pattern: OpPattern) -> str:
+    ops = sorted(op.replace("::", ".") for op in pattern.ops or ())
+    return f", or write the ops apart: {' | '.join(f'{op}(...)' for op in ops)}" if len(ops) > 1 else ""
+
+
+def _max_inputs(op: str) -> int:
+    return int(onnx.defs.get_schema(op).max_input) if op in _onnx_ops() else sys.maxsize
 
 
 def _ops(function: ast.expr) -> frozenset[str] | None:
@@ -292,6 +355,8 @@ def _op(function: ast.expr) -> str | None:
         case ast.Name("_"):
             return None
         case ast.Name(name):
+            return _known_op(name)
+        case ast.Attribute(ast.Attribute(ast.Name("ai"), "onnx"), name):
             return _known_op(name)
         case ast.Attribute(domain, name) if _is_dotted_name(domain):
             return f"{ast.unparse(domain)}::{name}"
@@ -313,8 +378,13 @@ def _known_op(name: str) -> str:
 
 
 @functools.cache
-def _onnx_ops() -> frozenset[str]:
-    return frozenset(schema.name for schema in onnx.defs.get_all_schemas() if schema.domain == "")
+def _onnx_ops() -> dict[str, frozenset[str]]:
+    """ONNX's own ops, each with the attributes that it has or had in any opset."""
+    ops: dict[str, frozenset[str]] = {}
+    for schema in onnx.defs.get_all_schemas_with_history():
+        if schema.domain == "":
+            ops[schema.name] = ops.get(schema.name, frozenset()).union(schema.attributes)
+    return ops
 
 
 def _alternatives(tree: ast.expr) -> Iterator[ast.expr]:
@@ -323,6 +393,15 @@ def _alternatives(tree: ast.expr) -> Iterator[ast.expr]:
         yield from _alternatives(tree.right)
     else:
         yield tree
+
+
+def _depth(pattern: TensorPattern) -> int:
+    match pattern:
+        case Maybe(inner):
+            return 1 + _depth(inner)
+        case Either(options) | OpPattern(_, options):
+            return 1 + max(map(_depth, options), default=0)
+    return 0
 
 
 def _named(name: str, pattern: TensorPattern) -> TensorPattern:

@@ -29,6 +29,8 @@ RULE_KEYS = frozenset(
     {"name", "match", "any_order", "where", "quantize", "keep_float", "share", "axis", "range", "because"}
 )
 VERBS = ("quantize", "keep_float", "share")
+MAX_DEPTH = 16
+"""How deep tables and arrays may nest; no rule needs more than four."""
 _OUT = re.compile(r"out\((\w+)\)")
 
 
@@ -108,7 +110,7 @@ def load_placement(
 
 class _Reader:
     def __init__(self, extra: Mapping[str, Predicate | PairPredicate]) -> None:
-        pairs = {name for name, function in extra.items() if len(inspect.signature(function).parameters) == 3}
+        pairs = {name for name, function in extra.items() if _takes_pair(name, function)}
         self.single = {**PREDICATES, **{name: f for name, f in extra.items() if name not in pairs}}
         self.pair = {**PAIR_PREDICATES, **{name: extra[name] for name in pairs}}
         self.digest = hashlib.sha256()
@@ -121,10 +123,7 @@ class _Reader:
             raise PlacementError(f"{self._open[-1]}: {error}" if self._open else str(error)) from None
         if label in self._open:
             raise PlacementError(f"{label} includes itself ({' -> '.join([*self._open, label])})")
-        try:
-            content = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise PlacementError(f"{label} is not valid TOML: {error}") from None
+        content = _toml(text, label)
         self.digest.update(text.encode())
         self._open.append(label)
         yield from self._rules(content, label, folder)
@@ -147,6 +146,8 @@ class _Reader:
 
     def _rule(self, entry: dict[str, Any], label: str) -> Rule:
         where = f"{label}, rule {entry.get('name', '(without a name)')!r}"
+        if "include" in entry:
+            raise PlacementError(f"{where}: include stands alone in its [[rule]] entry: move the other keys to another")
         for key in entry:
             if key not in RULE_KEYS:
                 raise PlacementError(f"{where}: unknown key {key!r}.{nearest(key, RULE_KEYS)}")
@@ -161,16 +162,16 @@ class _Reader:
             pattern = patterns.parse(entry["match"])
         except PlacementError as error:
             raise PlacementError(f"{where}: {error}") from None
-        names = patterns.captures(pattern)
-        share, within = _share(entry.get("share", []), where)
+        names, read = patterns.captures(pattern), patterns.read_captures(pattern)
+        share, within = _share(entry.get("share"), where)
         return Rule(
             name=entry["name"],
             pattern=pattern,
             because=" ".join(entry["because"].split()),
             any_order=entry.get("any_order", False),
             where=tuple(self._conditions(entry.get("where", {}), names, where)),
-            quantize=_selectors(entry.get("quantize", []), names, f"{where}: quantize"),
-            keep_float=_selectors(entry.get("keep_float", []), names, f"{where}: keep_float"),
+            quantize=_readings(entry.get("quantize"), names, read, f"{where}: quantize"),
+            keep_float=_readings(entry.get("keep_float"), names, read, f"{where}: keep_float"),
             share=_selectors(share, names, f"{where}: share"),
             share_within=within,
             axis=_axes(entry.get("axis", {}), names, where),
@@ -187,6 +188,8 @@ class _Reader:
                     continue
                 _known(capture, names, f"{where}: where")
                 negated, name = _negation(text)
+                if name not in self.single and name in self.pair:
+                    raise PlacementError(f'{where}: {name} compares two names: write pair = "{capture} {name} other"')
                 if name not in self.single:
                     raise PlacementError(f"{where}: unknown predicate {name!r}.{nearest(name, self.single)}")
                 yield Condition(name, (capture,), negated, self.single[name])
@@ -197,6 +200,8 @@ class _Reader:
         if len(words) != 3:
             raise PlacementError(f"{where}: a pair condition reads 'a predicate b', not {text!r}")
         left, name, right = words
+        if name not in self.pair and name in self.single:
+            raise PlacementError(f'{where}: {name} is about one name: write {left} = "{name}" outside pair')
         if name not in self.pair:
             raise PlacementError(f"{where}: unknown pair predicate {name!r}.{nearest(name, self.pair)}")
         for capture in (left, right):
@@ -227,6 +232,35 @@ def _find(name: str, beside: Path | None) -> tuple[str, str, Path | None]:
     return name, (_shipped() / f"{name}.toml").read_text(encoding="utf-8"), None
 
 
+def _toml(text: str, label: str) -> dict[str, Any]:
+    try:
+        content = tomllib.loads(text)
+    except ValueError as error:
+        raise PlacementError(f"{label} is not valid TOML: {error}") from None
+    except RecursionError:
+        raise PlacementError(f"{label} nests too deep: write rules as [[rule]] tables") from None
+    if _too_large(content, 0):
+        raise PlacementError(f"{label} nests more than {MAX_DEPTH} deep, or holds an integer of more than 64 bits")
+    return content
+
+
+def _too_large(value: Any, depth: int) -> bool:
+    """True for nesting that no rule needs, and for integers that TOML does not have: messages cannot quote either."""
+    if isinstance(value, (dict, list)):
+        items = value.values() if isinstance(value, dict) else value
+        return depth == MAX_DEPTH or any(_too_large(item, depth + 1) for item in items)
+    return isinstance(value, int) and not -(2**63) <= value < 2**63
+
+
+def _takes_pair(name: str, function: Callable[..., bool]) -> bool:
+    try:
+        return len(inspect.signature(function).parameters) == 3
+    except (TypeError, ValueError):
+        raise PlacementError(
+            f"the predicate {name!r} is no function that can be used: write one of (view, it) or (view, it, other)"
+        ) from None
+
+
 def _unique(rules: list[Rule]) -> Iterator[Rule]:
     """Rules reached twice through includes count once, where they first stand; equal names get a number."""
     seen: dict[str, list[Rule]] = {}
@@ -255,6 +289,10 @@ def _share(value: Any, where: str) -> tuple[Any, float | None]:
 
 
 def _selectors(value: Any, names: set[str], where: str) -> tuple[Selector, ...]:
+    if value is None:
+        return ()
+    if value == []:
+        raise PlacementError(f"{where} is empty: name what it speaks of, or leave it out")
     selectors = []
     for text in _strings(value, where):
         output = _OUT.fullmatch(text.strip())
@@ -262,6 +300,18 @@ def _selectors(value: Any, names: set[str], where: str) -> tuple[Selector, ...]:
         _known(selector.name, names, where)
         selectors.append(selector)
     return tuple(selectors)
+
+
+def _readings(value: Any, names: set[str], read: set[str], where: str) -> tuple[Selector, ...]:
+    """Selectors of edges: a name at the pattern's top has none of its own, only those that read its output."""
+    selectors = _selectors(value, names, where)
+    for selector in selectors:
+        if not selector.outputs and selector.name not in read:
+            raise PlacementError(
+                f"{where}: {selector.name} is the top of the pattern, which does not read it: "
+                f"write out({selector.name}) for the edges that do"
+            )
+    return selectors
 
 
 def _axes(value: Any, names: set[str], where: str) -> dict[str, int]:

@@ -19,10 +19,14 @@ from ..report.tables import table
 from ..rules.placement import DEFAULT, load_placement, presets
 from ..rules.planner import make_plan
 from ..rules.predicates import WEIGHTED
-from .engine import Backend, Engine, GivenShapes, build
+from .engine import TENSORRT_RTX, Backend, Engine, GivenShapes, build
 from .layers import Layer
 from .lint import lint
 
+NO_INT8_KERNEL = {
+    (TENSORRT_RTX, "ConvTranspose"): "TensorRT-RTX has no INT8 ConvTranspose (seen with 1.7.1, for every channel axis)"
+}
+UNEXPLAINED = "TensorRT chose so; no lint rule explains it"
 CONVERTERS = frozenset({"Cast", "Identity", *QDQ_OPS})
 
 
@@ -162,7 +166,7 @@ def _ops(source: Model, engine: Engine, graph: Graph, named: Mapping[str, Node])
         reason = ""
         if planned and not int8:
             found = dict.fromkeys(f.code for f in findings if label == f.node or (f.node and f.detail.endswith(label)))
-            reason = ", ".join(found) or "TensorRT chose so; no lint rule explains it"
+            reason = ", ".join(found) or NO_INT8_KERNEL.get((engine.backend.name, node.op), UNEXPLAINED)
         elif not planned:
             reason = rules.get(node.first_output, "no rule speaks of it")
         kernels = tuple(layer.name for layer in layers)

@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from qdq_surgeon.calibration.feeds import Split, default_data, read_data
 from qdq_surgeon.errors import DataError
@@ -21,6 +21,9 @@ UNKNOWN_RANK = "g (float[] x) => (y) { y = Relu(x) }"
 IDS = "g (int64[N,5] ids) => (y) { y = Cast<to=1>(ids) }"
 IDS_AND_MASK = "g (int64[N,5] ids, float[N,5] mask) => (y) { f = Cast<to=1>(ids)\n y = Mul(f, mask) }"
 WITH_TABLE = "g (float[N,8] x, float[8,2] table) => (y) { y = MatMul(x, table) }"
+FRAME_AND_STATE = "g (float[2,1,64] s, float[1,16,8,8] x) => (y, t) { y = Relu(x)\n t = Relu(s) }"
+IMAGES = "g (float[N,16,8,8] x) => (y) { y = Relu(x) }"
+BF16 = "g (bfloat16[N,3] x) => (y) { y = Relu(x) }"
 HALF = "g (float16[N,3] x) => (y) { y = Relu(x) }"
 
 
@@ -152,7 +155,22 @@ def test_arrays_that_are_no_inputs_are_left_out():
 
 
 def test_an_open_batch_takes_eight_samples_at_a_time_and_the_rest_at_the_end():
-    assert sizes(OPEN, {"x": rows(20)}) == [8, 8, 4]
+    assert sizes(OPEN, {"x": rows(36)}) == [8, 8, 8, 8, 4]
+
+
+def test_an_open_batch_takes_fewer_where_none_of_four_could_be_held_out_otherwise():
+    assert sizes(OPEN, {"x": rows(20)}) == [5, 5, 5, 5]
+
+
+def test_an_open_batch_takes_eight_where_nothing_will_be_held_out():
+    assert sizes(OPEN, {"x": rows(15)}) == [8, 7]
+
+
+def test_a_negative_dimension_takes_any_number_of_samples():
+    """Paddle and tf2onnx write -1 for what is open."""
+    proto = model(OPEN)
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
+    assert [batch.samples for batch in read_data([{"x": rows(3)}, {"x": rows(5)}], load(proto)).batches] == [3, 5]
 
 
 def test_a_batch_of_one_takes_one_sample_at_a_time():
@@ -181,8 +199,8 @@ def test_one_array_per_sample_with_a_leading_axis_of_its_own():
 
 def test_the_single_batch_of_one_input_serves_all_batches_of_another():
     table = rows(8, 2)
-    given = batches(WITH_TABLE, {"x": rows(20, 8), "table": table})
-    assert [batch.feed["x"].shape[0] for batch in given] == [8, 8, 4]
+    given = batches(WITH_TABLE, {"x": rows(12, 8), "table": table})
+    assert [batch.feed["x"].shape[0] for batch in given] == [8, 4]
     for batch in given:
         np.testing.assert_array_equal(batch.feed["table"], table)
 
@@ -194,8 +212,14 @@ def test_a_batch_is_cut_along_the_inputs_with_an_open_batch_only():
     assert (part.feed["x"].shape, part.feed["table"].shape) == ((3, 8), (8, 2))
 
 
+def test_a_single_row_that_serves_all_samples_is_not_cut():
+    (batch,) = batches(IDS_AND_MASK, {"ids": np.ones((8, 5), int), "mask": rows(1, 5)})
+    part = batch.part(3, 5)
+    assert (part.feed["ids"].shape, part.feed["mask"].shape) == ((2, 5), (1, 5))
+
+
 def test_an_input_of_unknown_rank_is_cut_along_axis_0_and_its_samples_are_counted():
-    assert [batch.samples for batch in batches(UNKNOWN_RANK, {"x": rows(20)})] == [8, 8, 4]
+    assert sizes(UNKNOWN_RANK, {"x": rows(12)}) == [8, 4]
 
 
 def test_a_scalar_input_is_given_whole():
@@ -207,6 +231,20 @@ def test_a_scalar_input_may_have_one_number_per_sample():
     text = "g (float[1,3] x, float k) => (y) { y = Mul(x, k) }"
     given = [batch.feed["k"] for batch in batches(text, {"x": rows(3), "k": np.float32([5, 6, 7])})]
     assert [(k.shape, float(k)) for k in given] == [((), 5), ((), 6), ((), 7)]
+
+
+@pytest.mark.parametrize("as_dicts", [False, True])
+def test_a_state_with_its_layers_first_does_not_count_as_the_batch(as_dicts):
+    frames = {"s": np.zeros((32, 2, 1, 64), np.float32), "x": np.zeros((32, 1, 16, 8, 8), np.float32)}
+    data = [{name: array[i] for name, array in frames.items()} for i in range(32)] if as_dicts else frames
+    split, used = dealt(FRAME_AND_STATE, data, 8)
+    assert (split.samples, len(used)) == (8, 8)
+
+
+def test_a_fixed_input_that_serves_all_batches_does_not_count_as_the_batch():
+    text = "g (float[4,3] x, float[2,3] table) => (y) { t = Transpose(table)\n y = MatMul(x, t) }"
+    feeds = read_data({"x": rows(8), "table": rows(2)}, load(model(text)))
+    assert (feeds.total, [batch.samples for batch in feeds.batches]) == (8, [4, 4])
 
 
 @pytest.mark.parametrize(
@@ -283,16 +321,20 @@ def broken_at(index, value):
         (OPEN, {"x": np.ones((2, 3), complex)}, "complex128"),
         (OPEN, {"x": rows(4, 2)}, r"has shape \[4, 2\], but the model wants \[N, 3\]"),
         (OPEN, {"x": np.ones(3, np.float32)}, r"has shape \[3\], but the model wants \[N, 3\]"),
+        (OPEN, {"x": rows(20, 2)}, r"has shape \[20, 2\], but the model wants \[N, 3\]"),
+        (IMAGES, {"x": np.ones((16, 8, 8))}, r"has shape \[16, 8, 8\], but the model wants \[N, 16, 8, 8\]"),
         (OPEN, {"x": np.float32(1)}, "is a single number"),
         (BATCH_OF_4, {"x": rows(3)}, "has 3 samples, but the model's batch is 4"),
         (BATCH_OF_4, [{"x": rows(3)}], r"has shape \[3, 3\], but the model wants \[4, 3\]"),
         (OPEN, {"x": broken_at(0, np.nan)}, "NaN or infinity"),
-        (OPEN, {"x": broken_at(19, -np.inf)}, "batch 2.*NaN or infinity"),
+        (OPEN, {"x": broken_at(19, -np.inf)}, "batch 3.*NaN or infinity"),
         (OPEN, {"x": rows(0)}, "'x' is empty"),
+        (OPEN, [{"x": rows(2)}, {"x": rows(0)}], "batch 1: 'x' is empty"),
         (OPEN, {"x": np.array([[None, 1, 2]])}, "object"),
         (OPEN, {"x": [["a", "b", "c"]]}, "no number"),
         (OPEN, {"x": [[1.0], [1.0, 2.0]]}, "cannot be read as an array"),
         (IDS_AND_MASK, {"ids": np.ones((20, 5), int), "mask": rows(40, 5)}, "different numbers of samples.*20.*40"),
+        (IDS_AND_MASK, {"ids": np.ones((20, 5), int), "mask": rows(24, 5)}, "different numbers of samples.*20.*24"),
         (IDS_AND_MASK, rows(4, 5), "one array, but the model has 2 inputs .ids, mask."),
         (OPEN, [rows(4)], "one mapping of input names to arrays"),
         (OPEN, 7, "a path, a mapping of arrays or an iterable of mappings"),
@@ -367,6 +409,12 @@ def test_broken_files_are_refused_by_name_and_closed_again(source, tmp_path):
     assert "\n" not in message
     del error
     gc.collect()  # a file that was left open warns here, and warnings are errors
+
+
+def test_an_npz_may_hold_objects_that_are_no_inputs(tmp_path):
+    x = rows(4)
+    np.savez(tmp_path / "data.npz", x=x, names=np.array(["a.png", None], object))
+    np.testing.assert_array_equal(fed(OPEN, tmp_path / "data.npz", "x"), x)
 
 
 def test_an_npy_for_a_model_with_two_inputs_is_refused(tmp_path):
@@ -472,9 +520,49 @@ def test_the_digest_speaks_of_what_was_used():
     assert len({digests["all"], digests["ten"], dealt(BATCH_OF_1, {"x": changed})[0].digest}) == 3
 
 
+def test_the_digest_speaks_of_types_and_shapes():
+    zeros = np.zeros((2, 3), np.float32)
+    texts = {OPEN: zeros, HALF: np.zeros((4, 3)), UNKNOWN_RANK: zeros.T}
+    assert len({dealt(text, [{"x": x}])[0].digest for text, x in texts.items()}) == 3
+
+
+def test_bf16_data_have_a_digest():
+    x = rows(4).astype(helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16))
+    first, second = (dealt(BF16, {"x": values})[0].digest for values in (x, -x))
+    assert first != second
+
+
+def test_a_buffer_that_is_filled_anew_for_every_batch_gives_every_batch_to_the_comparison():
+    x = rows(16)
+
+    def refilled():
+        buffer = np.empty((1, 3), np.float32)
+        for row in x:
+            buffer[:] = row
+            yield {"x": buffer}
+
+    split = Split(read_data(refilled(), load(model(OPEN))))
+    np.testing.assert_array_equal(np.concatenate([batch.feed["x"].copy() for batch in split]), x[np.arange(16) % 4 < 3])
+    np.testing.assert_array_equal(evaluated(split), x[3::4])
+
+
+@pytest.mark.parametrize("samples", [16, 20, 24])
+def test_a_fourth_of_a_small_set_with_an_open_batch_is_held_out(samples):
+    x = rows(samples)
+    split, used = dealt(OPEN, {"x": x})
+    assert split.held_out
+    np.testing.assert_array_equal(used, x[: samples * 3 // 4])
+    np.testing.assert_array_equal(evaluated(split), x[samples * 3 // 4 :])
+
+
 def test_no_samples_at_all_are_refused():
     with pytest.raises(DataError, match="no samples"):
         dealt(OPEN, [])
+
+
+def test_a_limit_of_no_samples_is_refused():
+    with pytest.raises(DataError, match="give at least one"):
+        dealt(OPEN, {"x": rows(4)}, 0)
 
 
 # ---- made-up inputs ---------------------------------------------------------------------------------------------
@@ -496,11 +584,11 @@ def test_an_open_batch_becomes_one_and_other_open_sizes_the_first_that_runs():
     text = "g (float[N,C,L] x) => (y) { y = Relu(x) }"
     tried = []
 
-    def runs(feed):
+    def refused(feed):
         tried.append(feed["x"].shape)
-        return feed["x"].shape == (1, 64, 64)
+        return None if feed["x"].shape == (1, 64, 64) else "too large"
 
-    feeds = default_data(load(model(text)), None, runs)
+    feeds = default_data(load(model(text)), None, refused)
     assert feeds.synthetic
     assert next(feeds.batches).feed["x"].shape == (1, 64, 64)
     assert tried == [(1, 224, 224), (1, 512, 512), (1, 64, 64)]
@@ -508,7 +596,19 @@ def test_an_open_batch_becomes_one_and_other_open_sizes_the_first_that_runs():
 
 def test_a_model_that_runs_with_no_size_asks_for_shapes():
     with pytest.raises(DataError, match="--shapes"):
-        next(default_data(load(model(OPEN)), None, lambda feed: False).batches)
+        next(default_data(load(model(OPEN)), None, lambda feed: "no size is right").batches)
+
+
+def test_stated_shapes_that_do_not_run_are_refused_with_the_reason():
+    with pytest.raises(DataError, match=r"x \[2, 3\].*an odd batch is wanted"):
+        next(default_data(load(model(OPEN)), {"x": (2, 3)}, lambda feed: "an odd batch is wanted").batches)
+
+
+def test_sizes_that_the_model_states_itself_are_tried_once_and_the_reason_is_given():
+    tried = []
+    with pytest.raises(DataError, match=r"does not run on inputs of these sizes \(x \[1, 3\]\): too small"):
+        next(default_data(load(model(BATCH_OF_1)), None, lambda feed: tried.append(feed) or "too small").batches)
+    assert len(tried) == 1
 
 
 def test_shapes_of_an_unknown_input_are_refused_with_the_nearest_name():

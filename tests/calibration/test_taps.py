@@ -5,8 +5,9 @@ import pytest
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
-from qdq_surgeon.calibration.feeds import Split, read_data
-from qdq_surgeon.calibration.taps import collect, tap
+from qdq_surgeon.calibration import taps
+from qdq_surgeon.calibration.feeds import Batch, Split, read_data
+from qdq_surgeon.calibration.taps import Session, collect, tap
 from qdq_surgeon.errors import DataError, ModelError
 from qdq_surgeon.model import load
 from tests.graphs import model
@@ -86,6 +87,52 @@ def test_what_the_model_makes_of_a_log_of_negatives_is_not_finite():
     assert (statistic.count, statistic.non_finite) == (np.sum(x > 0), np.sum(x < 0))
 
 
+def test_a_tensor_that_held_nan_or_infinity_is_warned_of_once(caplog):
+    proto = model("g (float[N,3,8,8] x) => (y) { t = Log(x)\n y = Neg(x) }")
+    x = images(20)
+    collected(proto, ["t", "y"], x)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"'t' held {np.sum(x < 0)} NaN or infinite values during calibration")
+
+
+DOUBLED_IN_THE_GRAPH = "g (bool c, float[N] x) => (y) { r = Relu(x)\n y = Neg(r) }"
+DOUBLED_IN_A_BODY = """g (bool c, float[N] x) => (y) {
+    y = If<
+        then_branch = yes () => (float[N] a) { n = Relu(x)\n a = Neg(n) },
+        else_branch = no () => (float[N] b) { b = Neg(x) }
+    >(c)
+}"""
+DOUBLED_IN_A_FUNCTION = """<ir_version: 8, opset_import: ["" : 17, "own" : 1]>
+g (bool c, float[N] x) => (float[N] y) { y = own.f(x) }
+<domain: "own", opset_import: ["" : 17]> f (p) => (q) { n = Relu(p)\n q = Neg(n) }"""
+
+
+@pytest.mark.parametrize("text", [DOUBLED_IN_THE_GRAPH, DOUBLED_IN_A_BODY, DOUBLED_IN_A_FUNCTION])
+def test_doubled_node_names_do_not_keep_a_model_from_running_and_stay_in_it(text):
+    proto = model(text)
+    for nodes in (
+        proto.graph.node,
+        *(f.node for f in proto.functions),
+        *(b.g.node for b in proto.graph.node[0].attribute),
+    ):
+        for node in nodes:
+            node.name = "twin"
+    before = proto.SerializeToString()
+    batch = Batch({"c": np.array(True), "x": np.float32([-1, 2])}, 2)
+    np.testing.assert_array_equal(Session(proto).run(batch, ["y"])[0][0], [0, -2])
+    assert proto.SerializeToString() == before
+
+
+def test_a_trial_gives_the_reason_and_opens_one_session(monkeypatch):
+    opened = []
+    monkeypatch.setattr(taps, "Session", lambda proto: opened.append(proto) or Session(proto))
+    runs = taps.trial(model(CONV_RELU))
+    assert not opened
+    assert runs({"x": images(1)}) is None
+    assert "rank" in runs({"x": images(1)[0]})
+    assert len(opened) == 1
+
+
 def test_a_model_that_onnxruntime_refuses_is_named_in_one_line():
     proto = model(CONV_RELU)
     proto.graph.node[1].domain = "nobody"
@@ -105,8 +152,8 @@ def test_a_model_that_cannot_run_on_the_data_is_named_in_one_line():
 
 def test_progress_is_told_after_every_batch():
     told = []
-    collected(model(CONV_RELU), ["c"], images(20), progress=lambda *step: told.append(step))
-    assert told == [("calibrate", 8, 20), ("calibrate", 16, 20), ("calibrate", 20, 20)]
+    collected(model(CONV_RELU), ["c"], images(12), progress=lambda *step: told.append(step))
+    assert told == [("calibrate", 8, 12), ("calibrate", 12, 12)]
 
 
 def test_progress_may_stop_the_run_by_raising():

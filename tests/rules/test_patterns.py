@@ -4,8 +4,18 @@ import pytest
 from qdq_surgeon.edges import Edge
 from qdq_surgeon.errors import PlacementError
 from qdq_surgeon.model import Graph, load
-from qdq_surgeon.rules.patterns import captures, match_input, match_node, parse, root_ops
+from qdq_surgeon.rules.patterns import (
+    MAX_DEPTH,
+    captures,
+    match_input,
+    match_node,
+    parse,
+    read_captures,
+    root_ops,
+)
 from tests.graphs import model
+
+DEEP = [f"t{index}" for index in range(1, MAX_DEPTH)]
 
 
 def graph_of(nodes: str) -> Graph:
@@ -189,6 +199,15 @@ def test_an_op_of_another_domain():
     assert not list(match_node(parse("Gelu(a)"), node, graph, False))
 
 
+def test_the_domain_of_onnx_may_be_written_out():
+    assert matches("ai.onnx.Relu(a)", "y = Relu(p)") == [{"a": "p"}]
+
+
+def test_the_deepest_pattern_can_be_matched():
+    nodes = "".join(f"{out} = Relu({x}) " for x, out in zip(["p", *DEEP], [*DEEP, "y"], strict=True))
+    assert matches("Relu(" * MAX_DEPTH + "x" + ")" * MAX_DEPTH, nodes) == [{"x": "p"}]
+
+
 def test_a_capture_knows_the_edges_by_which_the_pattern_reads_it():
     graph = graph_of("s = Sigmoid(p) y = Mul(p, s)")
     node = graph.producer("y")
@@ -202,6 +221,11 @@ def test_captures_lists_the_names():
     assert captures(parse("y := Add(a, Relu(b := Neg(_)), *rest)")) == {"y", "a", "b", "rest"}
     assert captures(parse("Clip(a, low or None) | Neg(x := Input())")) == {"a", "low", "x"}
     assert captures(parse("_(...)")) == set()
+
+
+def test_read_captures_leaves_out_the_top():
+    assert read_captures(parse("y := Add(a, Relu(b := Neg(_)), *rest)")) == {"a", "b", "rest"}
+    assert read_captures(parse("(y := Relu(a)) | (x := Input())")) == {"a"}
 
 
 def test_root_ops_says_where_a_pattern_can_start():
@@ -251,12 +275,47 @@ def test_a_pattern_may_run_over_several_lines():
         ("Relu(out)", "'out' cannot name a capture: use a lower-case name other than 'out'"),
         ("a := (b := Relu(c))", "a and b name the same tensor: keep one of them"),
         ("Conv(x, b := (c or None))", "write (b or None), not b := (... or None)"),
+        ("Conv(x, w, group={[]:1})", "an attribute is written name=value, with a plain value"),
+        ("Conv(x, w, group={1: 2})", "an attribute is written name=value, with a plain value"),
+        ("Conv(x, w, group=0xfffffffffffffffff)", "an attribute is written name=value, with a plain value"),
+        ("Conv(x, w, groups=1)", "Conv has no attribute 'groups'. Did you mean 'group'? It has auto_pad, dilations"),
+        ("Relu(x, axis=1)", "Relu has no attribute 'axis'. It has none: take axis out"),
+        ("(Gemm | MatMul)(a, b, transB=1)", "MatMul has no attribute 'transB'. It has none: take transB out, or write"),
+        ("Relu(x, w, v)", "in 'Relu(x, w, v)', Relu takes 1 input at most: take out 2"),
+        ("Relu(x, w or None)", "Relu takes 1 input at most: take out 1"),
+        ("Relu(x, w, *more)", "Relu takes 1 input at most: take out 1"),
+        ("(Add | Relu)(a, b)", "Relu takes 1 input at most: take out 1, or write the ops apart: Add(...) | Relu(...)"),
+        ("ai.onnx.Rellu(x)", "ONNX has no op 'Rellu'. Did you mean 'Relu'"),
+        ("Relu(" * 60 + "x" + ")" * 60, "the pattern is too large: it nests too deep or has too many alternatives"),
+        (" | ".join(["Relu(x)"] * 3000), "the pattern is too large"),
+        ("-" * 7000 + "x", "the pattern is too large"),
+        ("Relu(" * 3000, "too many nested parentheses"),
+        ("Relu(\0)", "null bytes"),
     ],
 )
 def test_a_wrong_pattern_says_what_to_write(pattern, message):
     with pytest.raises(PlacementError) as error:
         parse(pattern)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "_(x, groups=1)",
+        "_(a, b, c, d, e, f, g)",
+        "com.microsoft.Relu(x, y, groups=1)",
+        "(Relu | com.microsoft.Relu)(x, y or None)",
+        "ai.onnx.ml.Scaler(x, groups=1)",
+        "BatchNormalization(x, s, b, m, v, spatial=1)",
+        "Concat(a, b, c, d, e, f, g)",
+        "(Gemm | MatMul)(a, b, bias or None)",
+        "Relu(x, ...)",
+        " | ".join(["Relu(x)"] * 300),
+    ],
+)
+def test_what_the_schemas_do_not_forbid_can_be_read(pattern):
+    parse(pattern)
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,24 @@ def test_what_a_callers_predicate_gives_counts_as_true_or_false(write, nothing):
     assert rules_of_conv(negated, predicates={"never": lambda view, it: nothing}) == ["mine"]
 
 
+class CalledW:
+    def __call__(self, view, it):
+        return it.tensor == "w"
+
+
+def test_a_callers_predicate_may_be_an_object(write):
+    path = write(rule(match='"Conv(a, b)"', where='{ b = "called_w" }'))
+    assert rules_of_conv(path, predicates={"called_w": CalledW()}) == ["mine"]
+    path = write(rule(match='"Conv(a, b)"', where='{ a = "called_w" }'))
+    assert rules_of_conv(path, predicates={"called_w": CalledW()}) == []
+
+
+@pytest.mark.parametrize("predicate", [3, type])
+def test_a_callers_predicate_that_is_no_function_is_refused(write, predicate):
+    with pytest.raises(PlacementError, match=r"the predicate 'called_w' .* write one of \(view, it\)"):
+        load_placement(write(rule()), predicates={"called_w": predicate})
+
+
 def test_a_predicate_that_the_caller_did_not_give_is_unknown(write):
     assert "unknown predicate 'called_w'" in complaint(write(rule(where='{ a = "called_w" }')))
 
@@ -283,7 +301,18 @@ def test_a_predicate_that_the_caller_did_not_give_is_unknown(write):
         ({"share": '{ of = ["a"], within = nan }'}, "{ of = [...], within = 4 } with a factor >= 1"),
         ({"share": '{ of = ["a"], within = 4, more = 1 }'}, "{ of = [...], within = 4 } with a factor >= 1"),
         ({"any_order": '"yes"'}, "any_order"),
-        ({"include": '"tensorrt"'}, "unknown key 'include'"),
+        ({"include": '"tensorrt"'}, "include stands alone in its [[rule]] entry: move the other keys to another"),
+        ({"where": '{ a = "not deeper_than" }'}, 'deeper_than compares two names: write pair = "a deeper_than other"'),
+        ({"where": '{ pair = "a single_use b" }'}, 'single_use is about one name: write a = "single_use" outside pair'),
+        ({"match": '"y := Add(a, b)"', "quantize": '["a", "y"]'}, "quantize: y is the top of the pattern, which does"),
+        ({"match": '"y := Add(a, b)"', "keep_float": '["y"]'}, "does not read it: write out(y) for the edges that do"),
+        ({"match": '"x := Input()"', "quantize": '["x"]'}, "write out(x)"),
+        ({"match": '"(y := Add(a, b)) | Relu(a)"', "quantize": '["y"]'}, "write out(y)"),
+        ({"quantize": "[]"}, "quantize is empty: name what it speaks of, or leave it out"),
+        ({"keep_float": "[]"}, "keep_float is empty"),
+        ({"share": "[]"}, "share is empty"),
+        ({"share": "{ of = [], within = 4 }"}, "share is empty"),
+        ({"match": '"Add(a, b, axes=1)"'}, "in 'Add(a, b, axes=1)', Add has no attribute 'axes'. Did you mean 'axis'?"),
     ],
 )
 def test_a_wrong_rule_names_the_file_the_rule_and_what_to_write(write, changes, message):
@@ -339,6 +368,34 @@ def test_an_unknown_preset():
     assert said.startswith("unknown placement 'tensort'. Did you mean 'tensorrt'")
     assert "weights-only" in said
     assert "a file of your own ends in .toml" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("include = 1" + "0" * 5000, "is not valid TOML: Exceeds the limit"),
+        ("include = 0x" + "f" * 5000, "holds an integer of more than 64 bits"),
+        ("include = " + "[" * 5000 + "]" * 5000, "nests too deep: write rules as [[rule]] tables"),
+        ("include." + ".".join("a" * 5000) + " = 1", "nests more than 16 deep"),
+        (rule(match=f'"{" | ".join(["Relu(a)"] * 3000)}"'), "the pattern is too large"),
+    ],
+)
+def test_what_is_too_large_is_refused_in_one_line(write, text, message):
+    path = write(text)
+    said = complaint(path)
+    assert said.startswith(path)
+    assert message in said
+    assert "\n" not in said
+
+
+def test_a_name_that_the_pattern_also_reads_is_no_top(write):
+    (read,) = load_placement(write(rule(match='"y := Add(a, b) | Relu(y)"', quantize='["y"]'))).rules
+    assert read.quantize == (Selector("y"),)
+
+
+def test_share_may_name_the_top(write):
+    (read,) = load_placement(write(rule(match='"y := Add(a, b)"', share='["a", "y"]'))).rules
+    assert read.share == (Selector("a"), Selector("y"))
 
 
 def test_a_wrong_include_names_the_file_that_includes(write):

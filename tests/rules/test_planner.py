@@ -356,7 +356,7 @@ def test_a_preactivation_block():
 
         near misses
           max-pool
-            MaxPool x: y 'x' is not consumed_quantized
+            MaxPool x: y 'x' is not moved_to_quantized
           max-pool-joins
             MaxPool x: x 'c0' is not quantized_elsewhere
         """,
@@ -441,7 +441,7 @@ def test_a_concat_that_is_read_in_float_has_no_pairs():
 
         near misses
           concat
-            Concat k: y 'k' is not consumed_quantized
+            Concat k: y 'k' is not moved_to_quantized
         """,
     )
 
@@ -1490,7 +1490,7 @@ def test_a_pool_whose_reader_is_excluded_has_no_orphan_pair():
 
         near misses
           max-pool
-            MaxPool p: y 'p' is not consumed_quantized
+            MaxPool p: y 'p' is not moved_to_quantized
           max-pool-joins
             MaxPool p: x 'a' is not quantized_elsewhere
         """,
@@ -1729,8 +1729,8 @@ the Conv branch must reach the Add bare.
           makes 's' for Relu y[0]: float: no rule speaks of it
           did not apply: bias-add: b 'x' is not constant (the tensor is a float constant: an initializer, \
 or made from constants alone)
-          did not apply: attention-scores: y 's' is not feeds_softmax (the tensor leads to a Softmax through data \
-movement alone: it holds attention scores)
+          did not apply: attention-scores: y 's' is not feeds_softmax (the tensor leads to a Softmax through \
+arithmetic and data movement alone: it holds attention scores)
           did not apply: add: y 's' is not consumed_quantized (the tensor is read quantized, and by nothing in float, \
 looking through data movement, Relu and Clip)"""
     )

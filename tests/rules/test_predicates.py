@@ -378,8 +378,25 @@ def test_feeds_softmax():
     }"""
     assert holds("feeds_softmax", view(text), "a")
     assert holds("feeds_softmax", view(text), "c")
-    assert not holds("feeds_softmax", view(text), "x")
     assert not holds("feeds_softmax", view(text.replace("Softmax", "Relu")), "a")
+
+
+@pytest.mark.parametrize("between", ["Mul(a, m)", "Div(a, m)", "Max(a, m)", "Add(a, m)", "Where(flag, a, m)"])
+def test_scores_are_scores_before_they_are_scaled_masked_or_clamped_too(between):
+    text = f"""g (float[4,8] x, float[4,8] m, bool[4,8] flag) => (y) {{
+      a = Add(x, m)
+      b = {between}
+      y = Softmax(b)
+    }}"""
+    assert holds("feeds_softmax", view(text), "a")
+
+
+def test_data_movement_leads_to_quantized_readers_but_a_relu_does_not():
+    text = "g (float[1,16,8,8] x) => (y) <float[16,16,1,1] w> { r = Relu(x) y = Conv(r, w) }"
+    quantized = view(text, "y 0")
+    assert holds("consumed_quantized", quantized, "x")
+    assert not holds("moved_to_quantized", quantized, "x")
+    assert holds("moved_to_quantized", quantized, "r")
 
 
 def mean(axes: str, shape: str = "1,16,8,8") -> View:

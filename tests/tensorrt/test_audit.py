@@ -119,3 +119,9 @@ def test_the_page_stands_alone_and_escapes_names():
     assert "&lt;model&gt;.onnx" in page
     assert "<script" not in page
     assert "http" not in page
+
+
+def test_a_conv_transpose_in_float_is_explained_by_name():
+    text = "g (float[1,16,16,16] x) => (y) <float[16,32,2,2] w> { y = ConvTranspose<strides=[2,2]>(x, w) }"
+    (op,) = audit(quantized(text), backend="tensorrt-rtx", beside_float=False).in_float
+    assert op.reason.startswith("TensorRT-RTX has no INT8 ConvTranspose")

@@ -7,7 +7,6 @@ its tensor's type and DQ writes its readers' type, each with the same scale in t
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,11 +104,9 @@ def _spelled_out(model: ModelProto) -> ModelProto:
 
 
 def _converter() -> Any:
-    path = list(sys.path)
-    try:
-        from onnxruntime.transformers import float16
-    finally:
-        sys.path[:] = path  # importing onnxruntime.transformers appends its own folder
+    # Importing onnxruntime.transformers appends its folder to sys.path, which its other modules rely on.
+    from onnxruntime.transformers import float16
+
     return float16
 
 

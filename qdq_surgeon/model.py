@@ -456,7 +456,10 @@ def converted_to(proto: ModelProto, opset: int) -> ModelProto:
     for node in converted.graph.node:
         original = originals.get(node.output[0]) if node.output else None
         if original is not None and original.op_type == node.op_type:
-            node.name, node.doc_string = original.name, original.doc_string
+            for field in ("name", "doc_string"):
+                node.ClearField(field)
+                if original.HasField(field):
+                    setattr(node, field, getattr(original, field))
             node.metadata_props.extend(original.metadata_props)
         graph.node.append(node)
     have = {tensor.name for tensor in graph.initializer}

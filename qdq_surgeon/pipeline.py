@@ -223,7 +223,7 @@ def evaluation_batches(model: Source, data: Data | None = None, shapes: Shapes |
 def _feeds(source: Model, data: Data | None, shapes: Shapes | None) -> feeds.Feeds:
     if data is not None:
         return feeds.read_data(data, source)
-    return feeds.default_data(source, shapes, lambda feed: taps.Session(source.original).runs(feed))
+    return feeds.default_data(source, shapes, taps.trial(source.original))
 
 
 def _collect(source: Model, the_plan: Plan, split: Split, progress: Progress | None) -> Statistics:

@@ -239,14 +239,6 @@ def test_names_doc_strings_and_metadata_survive():
     assert [node.name for node in half.graph.node if node.op_type != "Cast"] == [n.name for n in before.graph.node]
 
 
-def test_importing_the_converter_leaves_the_module_path_alone():
-    import sys
-
-    path = list(sys.path)
-    converted(CONV)
-    assert sys.path == path
-
-
 # ---- the whole model ---------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ that finds the places. They all read one `View`, built once: the Q/DQ nodes, and
 which the predicates of the placement rules work unchanged. Only the top graph is looked at; in bodies of If, Loop
 and Scan just the ops themselves are.
 
-Evidence, as in PLACEMENT: [S] read in the source of onnx-tensorrt or ModelOpt, [D] said by NVIDIA's documentation,
+Evidence: [S] read in the source of onnx-tensorrt or ModelOpt, [D] said by NVIDIA's documentation,
 [E] seen in a TensorRT-RTX 1.7.1 engine.
 """
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ..edges import Edge, count
-from ..errors import ModelError, QdqError
+from ..errors import ModelError, QdqError, nearest
 from ..model import FLOAT_TYPES, HALF_OPSET, HALF_TYPES, MIN_OPSET, QDQ_OPS, Graph, Node, Source, load
 from ..rules.commuting import MOVES, commutes
 from ..rules.predicates import (
@@ -147,7 +147,7 @@ def lint(model: Source, target: str = DEFAULT_TARGET) -> Report:
     Raises ModelError for what is no readable ONNX model, QdqError for an unknown target.
     """
     if target not in TARGETS:
-        raise QdqError(f"the target '{target}' is not known: choose one of {', '.join(TARGETS)}")
+        raise QdqError(f"unknown target '{target}'.{nearest(target, TARGETS)} Targets: {', '.join(TARGETS)}")
     view = View(load(model).original)
     rules = [rule for rule in RULES if target in rule.targets]
     return Report(tuple(finding for rule in rules for finding in _findings(rule, view)), target)
@@ -892,7 +892,7 @@ def _fp32_rest(view: View) -> Iterator[Spot]:
 
 def _computes_in_fp32(view: View, node: Node) -> bool:
     fp32 = view.graph.element_type(node.first_output) == TensorProto.FLOAT
-    moves = node.op == "Concat" or commutes(node, view.graph)
+    moves = node.op in ("Cast", "Concat") or commutes(node, view.graph)
     return fp32 and not moves and not view.graph.is_constant(node.first_output)
 
 

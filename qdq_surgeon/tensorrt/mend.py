@@ -273,7 +273,7 @@ def _weight_to_int8(bench: _Bench, pair: _Pair, weight: Values) -> str:
 def _write_missing_axes(bench: _Bench) -> Iterator[str]:
     for pair in bench.all_pairs:
         wanted, shape, scale = _wanted_axis(bench.view, pair), bench.view.raw.shape(pair.first.data), pair.first.scale
-        if wanted is None or shape is None or scale is None or any(it.axis is not None for it in pair.linears):
+        if wanted is None or shape is None or scale is None or _is_complete(pair, wanted):
             continue
         if shape[wanted] == scale.size:
             for linear in pair.linears:
@@ -291,6 +291,12 @@ def _turn_wrong_axes(bench: _Bench) -> Iterator[str]:
             scale = _scale_for(bench, pair, _amax(weight, wanted))
             bench.rewrite(pair, scale, wanted, _stored(pair, weight, scale, wanted))
             yield f"axis-wrong: {pair.label}: axis {wanted}, with {count(scale.size, 'scale')} from the weight"
+
+
+def _is_complete(pair: _Pair, wanted: int) -> bool:
+    """True where no axis is missing, or where one is stated that the consumer does not want."""
+    axes = {linear.axis for linear in pair.linears}
+    return None not in axes or bool(axes - {None, wanted})
 
 
 def _wanted_axis(view: View, pair: _Pair) -> int | None:

@@ -374,7 +374,7 @@ def test_a_report_groups_by_code_and_says_what_to_do():
 
 
 def test_an_unknown_target_is_refused():
-    with pytest.raises(QdqError, match="choose one of trt10, trt11, rtx"):
+    with pytest.raises(QdqError, match="Targets: trt10, trt11, rtx"):
         lint(conv(), "trt12")
 
 

@@ -270,16 +270,7 @@ def _insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
 
     if options.plan:
         return _plan(options, say)
-    if options.explain:
-        raise QdqError("--explain goes with --plan")
-    if options.plan_file and (
-        options.include or options.exclude or options.op_types or options.placement != "tensorrt"
-    ):
-        raise QdqError("--plan-file holds the decisions: give placement and filters to the --plan that made it")
-    if options.no_compare and (options.engine or options.min_sqnr is not None or options.min_agreement is not None):
-        raise QdqError("--engine, --min-sqnr and --min-agreement need the comparison: leave --no-compare out")
-    if options.float16_io and not options.float16:
-        raise QdqError("--float16-io goes with --float16")
+    _check_insert(options)
     model = _load(options)
     output = options.output or options.model.with_name(f"{options.model.stem}.qdq.onnx")
     _check_files(options, output)
@@ -288,7 +279,6 @@ def _insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     say(f"{options.model}: {next(plan.lines())}")
     if not plan.sites:
         say("nothing to quantize: the float model is written as it is (--plan says why)")
-    _check_gates(options)
     with _progress_bar(options) as progress:
         result = pipeline.apply(
             model,
@@ -313,6 +303,7 @@ def _insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
         say(f"note: {note}")
     if result.comparison:
         say(result.comparison)
+        _check_judged(result.comparison, options)
     save(result.model, output)
     say(f"wrote {output}")
     if options.json:
@@ -321,15 +312,29 @@ def _insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     if options.write_cache:
         write_cache(result.scales, plan, options.write_cache)
         say(f"wrote {options.write_cache}")
-    report = None
-    if options.engine and plan.sites:
-        data = origin.data if result.comparison is None else result.comparison.data
-        held_out = result.comparison.held_out if result.comparison else None
-        report = compare_engines(model, result.model, result.evaluation, data, held_out, backend=options.backend)
-        say(report)
     if options.trtexec is not None:
         say(trtexec_command(model, output, options.trtexec))
+    report = None
+    if options.engine and result.comparison:
+        data, held_out = result.comparison.data, result.comparison.held_out
+        report = compare_engines(model, result.model, result.evaluation, data, held_out, backend=options.backend)
+        say(report)
     return _gate(result.comparison, options, report)
+
+
+def _check_insert(options: argparse.Namespace) -> None:
+    """Refuse, before any work, options that do not go together."""
+    filters = options.include or options.exclude or options.op_types
+    gates = (options.min_sqnr, options.min_agreement)
+    if options.explain:
+        raise QdqError("--explain goes with --plan")
+    if options.plan_file and (filters or options.placement != "tensorrt"):
+        raise QdqError("--plan-file holds the decisions: give placement and filters to the --plan that made it")
+    if options.no_compare and (options.engine or any(gate is not None for gate in gates)):
+        raise QdqError("--engine, --min-sqnr and --min-agreement need the comparison: leave --no-compare out")
+    if options.float16_io and not options.float16:
+        raise QdqError("--float16-io goes with --float16")
+    _check_gates(options)
 
 
 def _plan(options: argparse.Namespace, say: Callable[[object], None]) -> int:
@@ -389,6 +394,7 @@ def _compare(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     if options.data is None and comparison.data == SYNTHETIC:
         _shout(SYNTHETIC_COMPARISON)
     say(comparison)
+    _check_judged(comparison, options)
     report = None
     if options.engine:
         batches = pipeline.evaluation_batches(model, options.data, dict(options.shapes))
@@ -559,30 +565,37 @@ def _is_same(left: Path, right: Path) -> bool:
 
 
 def _check_gates(options: argparse.Namespace) -> None:
+    """Refuse, before any work, gates that cannot be judged here."""
+    from .tensorrt.engine import has_gpu
+
     if options.data is not None and options.shapes:
         raise QdqError("--shapes is for made-up inputs: leave it out with --data")
-    if options.min_speedup is not None and not options.engine:
-        raise QdqError("--min-speedup goes with --engine")
     if options.min_agreement is not None and not 0 <= options.min_agreement <= 1:
         raise QdqError(f"--min-agreement is a share between 0 and 1, not {options.min_agreement:g}")
-
-
-def _gate(comparison: Comparison | None, options: argparse.Namespace, report: EngineReport | None = None) -> int:
-    if comparison is None:
-        return OK
-    if options.min_speedup is not None and (report is None or report.speedup is None):
+    if options.min_speedup is not None and not options.engine:
+        raise QdqError("--min-speedup goes with --engine")
+    if options.min_speedup is not None and not has_gpu():
         raise QdqError("--min-speedup: there is no GPU to measure on")
+
+
+def _check_judged(comparison: Comparison, options: argparse.Namespace) -> None:
+    """Refuse, before anything is written, gates that this model's outputs give no figure for."""
     if options.min_agreement is not None and comparison.agreement is None:
         raise QdqError("--min-agreement: no output looks like class scores; use --min-sqnr")
+    if options.min_sqnr is not None and not comparison.outputs:
+        raise QdqError("--min-sqnr: the model has no output that is a tensor of numbers")
+
+
+def _gate(comparison: Comparison | None, options: argparse.Namespace, report: EngineReport | None) -> int:
+    if comparison is None:
+        return OK
     failed = []
     if options.min_sqnr is not None and not comparison.sqnr >= options.min_sqnr:
         failed.append(f"SQNR {comparison.sqnr:.1f} dB is below {options.min_sqnr:g} dB")
-    if comparison.agreement is not None and options.min_agreement is not None:
-        low = comparison.agreement < options.min_agreement
-        failed += [f"top-1 agreement {comparison.agreement:.3f} is below {options.min_agreement:g}"] if low else []
-    if report and report.speedup is not None and options.min_speedup is not None:
-        low = report.speedup < options.min_speedup
-        failed += [f"INT8 is {report.speedup:.2f}x as fast, below {options.min_speedup:g}x"] if low else []
+    if options.min_agreement is not None and not (comparison.agreement or 0) >= options.min_agreement:
+        failed.append(f"top-1 agreement {comparison.agreement or 0:.3f} is below {options.min_agreement:g}")
+    if options.min_speedup is not None and not ((report and report.speedup) or 0) >= options.min_speedup:
+        failed.append(f"INT8 is {(report and report.speedup) or 0:.2f}x as fast, below {options.min_speedup:g}x")
     for text in failed:
         print(f"gate failed: {text}", file=sys.stderr)
     return GATE_FAILED if failed else OK

@@ -48,7 +48,9 @@ class Result:
     """The batches that the comparison ran on."""
 
     def __str__(self) -> str:
-        return "\n\n".join(str(part) for part in (next(self.plan.lines()), self.comparison) if part)
+        lines = [next(self.plan.lines()), *self.notes]
+        lines += [f"{edge} stays float: {reason}" for edge, reason in self.scales.dropped.items()]
+        return "\n".join(lines) + (f"\n\n{self.comparison}" if self.comparison else "")
 
 
 def quantize(

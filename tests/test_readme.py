@@ -39,8 +39,13 @@ def run(command, folder):
     return subprocess.run([program, *words[1:]], cwd=folder, capture_output=True, text=True)
 
 
+NEEDS_ENGINES = ("--engine", "qdq-surgeon audit", "qdq-surgeon build")
+
+
 @pytest.mark.parametrize("command", [command for command in COMMANDS if not command.endswith("pytest")])
 def test_each_command_ends_well(command, clone):
+    if any(words in command for words in NEEDS_ENGINES):
+        pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'qdq-surgeon[rtx]'")
     done = run(command, clone)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
@@ -55,6 +60,13 @@ def test_the_first_command_prints_what_the_readme_shows(clone):
 def test_the_story_of_one_node_is_the_one_in_the_readme(clone):
     story = run("qdq-insert tests/models/digits.onnx --plan --explain node_add_35", clone).stdout
     assert story.startswith(blocks("text")[1])
+
+
+def test_the_audit_says_what_the_readme_shows(clone):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'qdq-surgeon[rtx]'")
+    run(COMMANDS[0], clone)
+    printed = run("qdq-surgeon audit digits.qdq.onnx --no-float", clone).stdout.splitlines()
+    assert printed[1:4] == blocks("text")[2].splitlines()[1:]
 
 
 def test_the_program_runs(clone):

@@ -325,10 +325,12 @@ def _passes_on(node: Node, edge: Edge, graph: Graph, through_clamps: bool) -> bo
 
 
 def _is_first(tensor: str, graph: Graph) -> bool:
-    """True where only data movement and pointwise ops lie between `tensor` and a graph input."""
+    """True where only data movement, casts and pointwise ops lie between `tensor` and a graph input."""
     while tensor not in graph.inputs:
         node = graph.producer(tensor)
         inner = moved_from(tensor, graph) or (_pointwise_input(node, graph) if node else None)
+        if node and node.op == "Cast":
+            inner = node.inputs[0]
         if inner is None:
             return False
         tensor = inner

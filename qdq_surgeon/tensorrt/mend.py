@@ -16,24 +16,9 @@ from ..edges import count
 from ..model import FLOAT_TYPES, QDQ_OPS, Graph, Node, Source, load
 from ..rules.commuting import commutes
 from ..scales import to_scale
-from .lint import (
-    DEFAULT_TARGET,
-    INTEGER_TYPES,
-    OTHER_QUANTIZED_TYPES,
-    POOLS,
-    SMALLEST_HALF,
-    Finding,
-    Linear,
-    Values,
-    View,
-    all_nodes,
-    channel_axis,
-    constant_value,
-    lint,
-    one_sided,
-    same_names,
-    same_values,
-)
+from .lint import DEFAULT_TARGET, Finding, lint
+from .lint_rules import POOLS, SMALLEST_HALF, channel_axis, one_sided, same_names, same_values
+from .view import INTEGER_TYPES, OTHER_QUANTIZED_TYPES, Linear, Values, View, all_nodes, constant_value
 
 NOT_NEGATIVE = frozenset({"Abs", "Exp", "HardSigmoid", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt"})
 """Ops whose results are never below zero."""

@@ -8,7 +8,8 @@ from onnx import numpy_helper
 import qdq_surgeon
 from qdq_surgeon.errors import ModelError, QdqError
 from qdq_surgeon.rules.placement import presets
-from qdq_surgeon.tensorrt.lint import ERROR, RULES, TARGETS, lint
+from qdq_surgeon.tensorrt.lint import TARGETS, lint
+from qdq_surgeon.tensorrt.lint_rules import ERROR, RULES
 from tests.graphs import model
 
 CONSTANTS = {

@@ -52,6 +52,28 @@ def one_activation_many_readers(nodes: int) -> ModelProto:
     return _model(made, [f"t{chain}"], 1)
 
 
+def two_towers(nodes: int) -> ModelProto:
+    """Two Conv chains from one input, added at every level: the common ancestor gets ever further away."""
+    made: list[NodeProto] = []
+    left = right = "x"
+    sums = []
+    for level in range(nodes // 5):
+        made += [
+            helper.make_node("Conv", [source, "w0"], [made_there], pads=[1, 1, 1, 1])
+            for source, made_there in (
+                (left, f"a{level}"),
+                (right, f"b{level}"),
+                (f"a{level}", f"p{level}"),
+                (f"b{level}", f"q{level}"),
+            )
+        ]
+        made.append(helper.make_node("Add", [f"p{level}", f"q{level}"], [f"s{level}"]))
+        left, right = f"a{level}", f"b{level}"
+        sums.append(f"s{level}")
+    made.append(helper.make_node("Sum", sums, ["y"]))
+    return _model(made, ["y"], 1)
+
+
 def _model(nodes: list[NodeProto], outputs: list[str], weights: int) -> ModelProto:
     generator = np.random.default_rng(0)
     values = [generator.standard_normal((16, 16, 3, 3)).astype(np.float32) for _ in range(weights)]
@@ -93,7 +115,11 @@ def seconds(proto: ModelProto) -> dict[str, float]:
 
 def main() -> None:
     rows = []
-    for name, build in (("residual chain", residual_chain), (f"{READERS} readers", one_activation_many_readers)):
+    for name, build in (
+        ("residual chain", residual_chain),
+        (f"{READERS} readers", one_activation_many_readers),
+        ("two towers", two_towers),
+    ):
         small, large = _best(build, SMALL), _best(build, LARGE)
         rows.append((name, *(f"{large[stage] / small[stage]:.2f} ({large[stage]:.2f} s)" for stage in small)))
         stages = tuple(small)

@@ -43,15 +43,20 @@ def zoo_folder() -> Path:
     return folder
 
 
-def labelled() -> Iterator[Labelled]:
-    """Every labelled pair of the zoo, preprocessed as its README says."""
+def labelled(everything: bool = False) -> Iterator[Labelled]:
+    """Every labelled pair of the zoo, preprocessed as its README says.
+
+    Where one set serves both, `everything` measures on the calibration samples too.
+    """
     zoo = zoo_folder()
     images, image_labels = _images(zoo / "imagenet_sample" / "dev500")
     squeezenet = np.stack([_squeezenet(image) for image in images])
-    yield _split("squeezenet10", zoo / "squeezenet10_winml/SqueezeNet_fp32_from_fp16.onnx", squeezenet, image_labels)
+    yield _split(
+        "squeezenet10", zoo / "squeezenet10_winml/SqueezeNet_fp32_from_fp16.onnx", squeezenet, image_labels, everything
+    )
     mobilenet = np.stack([_mobilenet(image) for image in images])
     path = zoo / "imagenet_mobilenet/mobilenetv1_0.25_128_qat_float.onnx"
-    yield _split("mobilenetv1_0.25", path, mobilenet, image_labels, offset=1)
+    yield _split("mobilenetv1_0.25", path, mobilenet, image_labels, everything, offset=1)
     dev, calibration = (np.load(zoo / f"cifar10/cifar10_{part}.npz") for part in ("dev_1000", "calib_200"))
     for name, file, prepare in (
         ("resnet8", "mlperf_tiny/resnet8_cifar10.onnx", _as_float),
@@ -59,16 +64,17 @@ def labelled() -> Iterator[Labelled]:
     ):
         yield Labelled(name, zoo / file, prepare(calibration["x"]), prepare(dev["x"]), dev["y"])
     keywords = np.load(zoo / "mlperf_tiny/data/kws01_dev_500.npz")
-    yield _split("kws", zoo / "mlperf_tiny/kws_dscnn.onnx", _as_float(keywords["x"]), keywords["y"])
+    yield _split("kws", zoo / "mlperf_tiny/kws_dscnn.onnx", _as_float(keywords["x"]), keywords["y"], everything)
     digits = np.load(zoo / "mnist_t10k/mnist_dev_1000.npz")
     pixels = _as_float(digits["x"]).reshape(-1, 1, 28, 28)
-    yield _split("mnist_cntk", zoo / "mnist_cntk/mnist.onnx", pixels, digits["y"])
-    yield _split("mnist_torch", zoo / "mnist_torch/cnn_mnist.onnx", pixels / np.float32(255), digits["y"])
+    yield _split("mnist_cntk", zoo / "mnist_cntk/mnist.onnx", pixels, digits["y"], everything)
+    yield _split("mnist_torch", zoo / "mnist_torch/cnn_mnist.onnx", pixels / np.float32(255), digits["y"], everything)
 
 
-def _split(name: str, model: Path, samples: Array, labels: Array, offset: int = 0) -> Labelled:
-    measuring = np.arange(len(samples)) % CALIBRATE_EVERY != 0
-    return Labelled(name, model, samples[~measuring], samples[measuring], labels[measuring], offset)
+def _split(name: str, model: Path, samples: Array, labels: Array, everything: bool, offset: int = 0) -> Labelled:
+    chosen = np.arange(len(samples)) % CALIBRATE_EVERY == 0
+    measuring = np.ones_like(chosen) if everything else ~chosen
+    return Labelled(name, model, samples[chosen], samples[measuring], labels[measuring], offset)
 
 
 def _images(folder: Path) -> tuple[list[Any], Array]:

@@ -1,7 +1,8 @@
 """FP32 and INT8 side by side on the labelled models of the zoo: python tools/zoo_accuracy.py [--method mse] [NAME ...]
 
-Calibration and measuring samples are disjoint. Agreement is the share of samples on which INT8 and FP32 choose the
-same class; its standard error is printed, because on 500 samples a point is noise. SQNR is that of the class scores.
+Calibration and measuring samples are disjoint unless --all is given. Agreement is the share of samples on which INT8
+and FP32 choose the same class; its standard error is printed, because on 500 samples a point is noise. SQNR is that
+of the class scores.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="models to measure (default: all)")
     parser.add_argument("--method", default="mse")
     parser.add_argument("--placement", default="tensorrt")
+    parser.add_argument("--all", action="store_true", help="measure on the calibration samples too, as peers report")
     options = parser.parse_args()
-    rows = [_row(pair, options) for pair in labelled() if not options.names or pair.name in options.names]
+    pairs = (pair for pair in labelled(options.all) if not options.names or pair.name in options.names)
+    rows = [_row(pair, options) for pair in pairs]
     mean = sum(float(row[4]) for row in rows) / len(rows)
     print(f"method {options.method}, placement {options.placement}")
     print(table(HEADS, rows))

@@ -28,6 +28,8 @@ from ..edges import Edge, count
 from ..errors import PlacementError, nearest
 from ..model import Graph, Node
 
+MAX_ORDERS = 256
+"""How many orders of a commutative op's inputs are tried: a Sum of thousands is no residual."""
 COMMUTATIVE = frozenset({"Add", "Mul", "Sum", "Max", "Min", "Mean", "And", "Or", "Xor", "Equal"})
 MAX_DEPTH = 50
 """How deep a pattern may nest: matching takes a few Python frames for each level."""
@@ -203,7 +205,7 @@ def _match_inputs(pattern: OpPattern, node: Node, context: _Context, match: Matc
         return
     orders: Iterator[tuple[int, ...]] = iter([tuple(range(wanted))])
     if context.any_order and node.op in COMMUTATIVE:
-        orders = itertools.permutations(slots, wanted)
+        orders = itertools.islice(itertools.permutations(slots, wanted), MAX_ORDERS)
     for order in orders:
         rest = tuple(slot for slot in slots if slot not in order and node.inputs[slot])
         yield from _match_slots(pattern, node, order, rest, context, match)

@@ -485,7 +485,7 @@ def _fp32_rest(view: View) -> Iterator[Spot]:
 
 
 def _computes_in_fp32(view: View, node: Node) -> bool:
-    fp32 = view.graph.element_type(node.first_output) == TensorProto.FLOAT
+    fp32 = view.raw.element_type(node.first_output) == TensorProto.FLOAT
     moves = node.op in ("Cast", "Concat") or commutes(node, view.graph)
     return fp32 and not moves and not view.graph.is_constant(node.first_output)
 

@@ -19,7 +19,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from .calibration.ranges import LEVELS
 from .errors import ModelError
-from .model import DATA_FREE_OPS, HALF_OPSET, QDQ_OPS, Graph, bodies, converted_to, default_opset, one_line
+from .model import DATA_FREE_OPS, HALF_OPSET, QDQ_OPS, FreshNames, Graph, bodies, converted_to, default_opset, one_line
 from .rules.commuting import MOVES
 from .scales import SMALLEST_NORMAL, to_scale
 
@@ -64,7 +64,7 @@ def to_float16(model: ModelProto, *, float16_io: bool = False, ranges: Mapping[s
     source = _spelled_out(_raised(model))
     types = _Types(source)
     half = _all_half(source)
-    top = _Scope(half.graph, source.graph, types, _Names(source))
+    top = _Scope(half.graph, source.graph, types, FreshNames(source))
     kept = _decide(top, types, ranges or {})
     io = HALF if float16_io else FULL
     wide = {value.name: FULL if value.name in types.large else io for value in source.graph.input}
@@ -237,26 +237,6 @@ def _allows_half(declared: Sequence[Any], index: int) -> bool:
     return not declared or "tensor(float16)" in declared[min(index, len(declared) - 1)].types
 
 
-class _Names:
-    """Names that are free in the whole model, control-flow bodies included."""
-
-    def __init__(self, model: ModelProto) -> None:
-        self._taken: set[str] = set()
-        for graph in _graphs(model.graph):
-            values = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
-            self._taken.update(value.name for value in values)
-            for node in graph.node:
-                self._taken.update((node.name, *node.input, *node.output))
-
-    def fresh(self, wanted: str) -> str:
-        name, number = wanted, 0
-        while name in self._taken:
-            number += 1
-            name = f"{wanted}_{number}"
-        self._taken.add(name)
-        return name
-
-
 # ---- what stays FP32 ---------------------------------------------------------------------------------------
 
 
@@ -355,7 +335,7 @@ class _Scope:
     """One graph, as it is `now`, in FP16, and as it was `before`, with the scopes of its control-flow bodies."""
 
     def __init__(
-        self, now: GraphProto, before: GraphProto, types: _Types, names: _Names, full: set[str] | None = None
+        self, now: GraphProto, before: GraphProto, types: _Types, names: FreshNames, full: set[str] | None = None
     ) -> None:
         self.now, self.before = now, before
         self._types, self._names = types, names

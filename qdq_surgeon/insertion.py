@@ -17,7 +17,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from .edges import Plan, Site
 from .errors import PlanError
-from .model import QDQ_OPS, Model
+from .model import QDQ_OPS, FreshNames, Model, bodies
 from .rules.planner import check_plan
 from .scales import Scales
 
@@ -36,7 +36,7 @@ def insert_pairs(model: Model, plan: Plan, scales: Scales, version: str) -> Mode
         raise PlanError("the scales belong to another model")
     proto = ModelProto()
     proto.CopyFrom(model.proto)
-    names = _Names(proto)
+    names = FreshNames(proto)
     pairs = [_pair(site, scales.of(site), names, model.opset) for site in scales.sites(plan)]
     _rewire(proto.graph, pairs)
     _splice(proto.graph, pairs)
@@ -53,7 +53,7 @@ class _Pair:
     output: str
 
 
-def _pair(site: Site, scale: NDArray[Any], names: _Names, opset: int) -> _Pair:
+def _pair(site: Site, scale: NDArray[Any], names: FreshNames, opset: int) -> _Pair:
     tensor = gs.Variable(site.tensor, dtype=scale.dtype)
     constants = [
         gs.Constant(names.fresh(f"{site.tensor}_scale"), scale),
@@ -119,30 +119,6 @@ def _record(proto: ModelProto, plan: Plan, scales: Scales, version: str) -> None
     proto.metadata_props.extend(kept)
     for key, value in facts.items():
         proto.metadata_props.add(key=PREFIX + key, value=value)
-
-
-class _Names:
-    """Names that are free in the whole model, control-flow bodies included."""
-
-    def __init__(self, proto: ModelProto) -> None:
-        self._taken = set(_all_names([proto.graph]))
-
-    def fresh(self, wanted: str) -> str:
-        name, number = wanted, 0
-        while name in self._taken:
-            number += 1
-            name = f"{wanted}_{number}"
-        self._taken.add(name)
-        return name
-
-
-def _all_names(graphs: Iterable[GraphProto]) -> Iterator[str]:
-    for graph in graphs:
-        for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
-            yield value.name
-        for node in graph.node:
-            yield from (node.name, *node.input, *node.output)
-            yield from _all_names(_bodies(node))
 
 
 def strip_pairs(quantized: ModelProto) -> ModelProto:
@@ -212,19 +188,14 @@ def _redirect(graphs: Iterable[GraphProto], names: Mapping[str, str]) -> None:
             for slot, name in enumerate(node.input):
                 if name in names:
                     node.input[slot] = names[name]
-            _redirect(_bodies(node), names)
+            _redirect((body for _, body in bodies(node)), names)
 
 
 def _names_read(node: NodeProto) -> Iterator[str]:
     yield from node.input
-    for body in _bodies(node):
+    for _, body in bodies(node):
         yield from (name for inner in body.node for name in _names_read(inner))
         yield from (output.name for output in body.output)
-
-
-def _bodies(node: NodeProto) -> list[GraphProto]:
-    bodies = [body for item in node.attribute for body in (item.g, *item.graphs)]
-    return [body for body in bodies if body.ByteSize()]
 
 
 def _replace(field: Any, items: list[Any]) -> None:

@@ -501,12 +501,44 @@ def _first_output(node: NodeProto) -> str:
 
 
 def bodies(node: NodeProto) -> list[tuple[str, onnx.GraphProto]]:
+    """A node's control-flow bodies, each with the name of its attribute."""
     return [(item.name, item.g) for item in node.attribute if item.type == AttributeProto.GRAPH] + [
         (f"{item.name}[{index}]", graph)
         for item in node.attribute
         if item.type == AttributeProto.GRAPHS
         for index, graph in enumerate(item.graphs)
     ]
+
+
+def all_nodes(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[NodeProto]:
+    """The nodes of a graph or function, each followed by those of its control-flow bodies."""
+    for node in graph.node:
+        yield node
+        for _, body in bodies(node):
+            yield from all_nodes(body)
+
+
+class FreshNames:
+    """Gives names that are free in the whole model, control-flow bodies included."""
+
+    def __init__(self, proto: ModelProto) -> None:
+        nodes = list(all_nodes(proto.graph))
+        graphs = [proto.graph, *(body for node in nodes for _, body in bodies(node))]
+        self._taken = {
+            value.name
+            for graph in graphs
+            for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
+        }
+        self._taken.update(*((node.name, *node.input, *node.output) for node in nodes))
+
+    def fresh(self, wanted: str) -> str:
+        """`wanted`, with a number behind it where it is taken; it is taken from now on."""
+        name, number = wanted, 0
+        while name in self._taken:
+            number += 1
+            name = f"{wanted}_{number}"
+        self._taken.add(name)
+        return name
 
 
 def _captured_edges(node: NodeProto, scope: tuple[str, ...]) -> Iterator[tuple[str, Edge]]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from ..errors import DataError, ModelError
-from ..model import Model, bodies
+from ..model import Model, all_nodes
 from .feeds import Batch, Trial
 from .statistics import Accumulator, Statistic
 
@@ -120,29 +120,22 @@ def collect(
 
 def _serialized(proto: ModelProto) -> bytes:
     """The model for onnxruntime, which refuses doubled node names: ONNX allows them, so then all go."""
-    names = [node.name for node in _all_nodes(proto) if node.name]
+    names = [node.name for node in _every_node(proto) if node.name]
     return bytes((proto if len(set(names)) == len(names) else _nameless(proto)).SerializeToString())
 
 
 def _nameless(proto: ModelProto) -> ModelProto:
     copy = ModelProto()
     copy.CopyFrom(proto)
-    for node in _all_nodes(copy):
+    for node in _every_node(copy):
         node.ClearField("name")
     return copy
 
 
-def _all_nodes(proto: ModelProto) -> Iterator[NodeProto]:
-    """The nodes of the graph and of the model's own functions, with those of control-flow bodies."""
+def _every_node(proto: ModelProto) -> Iterator[NodeProto]:
+    """The nodes of the graph and of the model's own functions."""
     for graph in (proto.graph, *proto.functions):
-        yield from _nodes(graph.node)
-
-
-def _nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
-    for node in nodes:
-        yield node
-        for _, body in bodies(node):
-            yield from _nodes(body.node)
+        yield from all_nodes(graph)
 
 
 def _reason(error: BaseException) -> str:

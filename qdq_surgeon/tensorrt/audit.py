@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnx import GraphProto, ModelProto, NodeProto
+from onnx import ModelProto
 
 from ..edges import count
 from ..insertion import PREFIX, strip_pairs
-from ..model import QDQ_OPS, Graph, Model, Node, Source, load, metadata
+from ..model import QDQ_OPS, Graph, Model, Node, Source, all_nodes, load, metadata
 from ..report.tables import table
 from ..rules.placement import DEFAULT, load_placement, presets
 from ..rules.planner import make_plan
@@ -133,7 +133,7 @@ def _built(
     """The engine of a copy whose nodes have names of ours, so that its layers lead back to them without doubt."""
     copy = ModelProto()
     copy.CopyFrom(proto)
-    for number, node in enumerate(_all_nodes([copy.graph])):
+    for number, node in enumerate(all_nodes(copy.graph)):
         node.name = f"n{number}"
     engine = build(copy, backend=backend, shapes=shapes, tf32=tf32)
     for value in copy.graph.input:
@@ -144,12 +144,6 @@ def _built(
     del copy.graph.value_info[:]
     graph = Graph(copy)
     return engine, graph, {node.name: node for node in graph.nodes}
-
-
-def _all_nodes(graphs: Iterable[GraphProto]) -> list[NodeProto]:
-    nodes = [node for graph in graphs for node in graph.node]
-    inner = [body for node in nodes for item in node.attribute for body in (item.g, *item.graphs) if body.node]
-    return nodes + (_all_nodes(inner) if inner else [])
 
 
 def _ops(source: Model, engine: Engine, graph: Graph, named: Mapping[str, Node]) -> Iterable[OpAudit]:

@@ -17,7 +17,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto
 
 from ..edges import Edge, count
-from ..model import FLOAT_TYPES, HALF_OPSET, HALF_TYPES, MIN_OPSET, QDQ_OPS, Graph, Node
+from ..model import FLOAT_TYPES, HALF_OPSET, HALF_TYPES, MIN_OPSET, QDQ_OPS, Graph, Node, all_nodes
 from ..rules.commuting import commutes
 from ..rules.predicates import (
     ACTIVATIONS,
@@ -35,7 +35,7 @@ from ..rules.predicates import (
     spatial,
 )
 from ..scales import SMALLEST_NORMAL
-from .view import SUMS, Linear, Values, View, all_nodes
+from .view import SUMS, Linear, Values, View
 
 ERROR, WARNING = "error", "warning"
 

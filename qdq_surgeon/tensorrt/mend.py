@@ -13,12 +13,12 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ..edges import count
-from ..model import FLOAT_TYPES, QDQ_OPS, Graph, Node, Source, load
+from ..model import FLOAT_TYPES, QDQ_OPS, FreshNames, Graph, Node, Source, all_nodes, load
 from ..rules.commuting import commutes
 from ..scales import to_scale
 from .lint import DEFAULT_TARGET, Finding, lint
 from .lint_rules import POOLS, SMALLEST_HALF, channel_axis, one_sided, same_names, same_values
-from .view import INTEGER_TYPES, OTHER_QUANTIZED_TYPES, Linear, Values, View, all_nodes, constant_value
+from .view import INTEGER_TYPES, OTHER_QUANTIZED_TYPES, Linear, Values, View, constant_value
 
 NOT_NEGATIVE = frozenset({"Abs", "Exp", "HardSigmoid", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt"})
 """Ops whose results are never below zero."""
@@ -126,23 +126,13 @@ class _Bench:
 
     def store(self, wanted: str, values: Values) -> str:
         """Add an initializer under a fresh name."""
-        name = self.fresh(wanted)
+        name = self.names.fresh(wanted)
         self.proto.graph.initializer.append(numpy_helper.from_array(np.asarray(values), name))
         return name
 
-    def fresh(self, wanted: str) -> str:
-        name, number = wanted, 0
-        while name in self._taken:
-            number += 1
-            name = f"{wanted}_{number}"
-        self._taken.add(name)
-        return name
-
     @cached_property
-    def _taken(self) -> set[str]:
-        graph = self.proto.graph
-        names = {value.name for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer)}
-        return names.union(*((node.name, *node.input, *node.output) for node in all_nodes(graph)))
+    def names(self) -> FreshNames:
+        return FreshNames(self.proto)
 
     def _is_sound(self, pair: _Pair) -> bool:
         kinds = {self.view.zero_point_type(linear) for linear in pair.linears}
@@ -184,7 +174,7 @@ def _make_names_unique(bench: _Bench) -> Iterator[str]:
     for name, nodes in same_names(bench.proto).items():
         for node in nodes[1:]:
             if node.op_type in QDQ_OPS:
-                node.name = bench.fresh(name)
+                node.name = bench.names.fresh(name)
                 yield f"duplicate-names: a {node.op_type} called '{name}' is now '{node.name}'"
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ..edges import Edge
 from ..errors import ModelError
@@ -245,14 +245,6 @@ def constant_value(graph: Graph, name: str) -> Values | None:
         return graph.value(name)
     except ModelError:
         return None
-
-
-def all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    """The nodes of a graph and of all bodies in it."""
-    for node in graph.node:
-        yield node
-        for _, body in bodies(node):
-            yield from all_nodes(body)
 
 
 def _moved_integers(raw: Graph, dequantize: Node) -> str:

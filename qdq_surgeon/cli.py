@@ -265,7 +265,7 @@ def _insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     from . import pipeline
     from .model import save
     from .tensorrt.cache import write_cache
-    from .tensorrt.runs import compare_engines
+    from .tensorrt.runs import compare_engines, shapes_of
     from .tensorrt.trtexec import trtexec_command
 
     if options.plan:
@@ -313,7 +313,8 @@ def _insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
         write_cache(result.scales, plan, options.write_cache)
         say(f"wrote {options.write_cache}")
     if options.trtexec is not None:
-        say(trtexec_command(model, output, options.trtexec))
+        profile = shapes_of(model, result.evaluation) if result.evaluation else {}
+        say(trtexec_command(model, output, options.trtexec, profile))
     report = None
     if options.engine and result.comparison:
         data, held_out = result.comparison.data, result.comparison.held_out
@@ -324,6 +325,8 @@ def _insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
 
 def _check_insert(options: argparse.Namespace) -> None:
     """Refuse, before any work, options that do not go together."""
+    from .tensorrt.trtexec import check_target
+
     filters = options.include or options.exclude or options.op_types
     gates = (options.min_sqnr, options.min_agreement)
     if options.explain:
@@ -334,6 +337,7 @@ def _check_insert(options: argparse.Namespace) -> None:
         raise QdqError("--engine, --min-sqnr and --min-agreement need the comparison: leave --no-compare out")
     if options.float16_io and not options.float16:
         raise QdqError("--float16-io goes with --float16")
+    check_target(options.trtexec or "")
     _check_gates(options)
 
 
@@ -436,7 +440,7 @@ def _lint(options: argparse.Namespace, say: Callable[[object], None]) -> int:
 
 def _build(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     from .model import write_atomically
-    from .tensorrt.engine import build
+    from .tensorrt.engine import TENSORRT_RTX, build
 
     model = _load(options)
     output = options.output or options.model.with_suffix(".engine")
@@ -449,6 +453,8 @@ def _build(options: argparse.Namespace, say: Callable[[object], None]) -> int:
         tf32=options.tf32,
     )
     write_atomically(output, engine.data)
+    if options.timing_cache and engine.backend.name == TENSORRT_RTX:
+        say("note: TensorRT-RTX has no timing cache: --timing-cache was left alone")
     say(f"{engine.backend}; strongly typed, TF32 {'on' if engine.tf32 else 'off'}")
     for name, (low, usual, high) in engine.shapes.items():
         say(f"  {name}: {' / '.join('x'.join(map(str, shape)) for shape in (low, usual, high))}")
@@ -609,7 +615,7 @@ def _say_notes(model: Model, say: Callable[[object], None]) -> None:
 def _say_dropped(scales: Scales, plan: Plan, say: Callable[[object], None]) -> None:
     if not scales.dropped:
         return
-    say(f"{count(len(list(scales.sites(plan))), 'pair')} of {len(plan.sites)} placed, because ranges differ:")
+    say(f"{count(len(list(scales.sites(plan))), 'pair')} of {len(plan.sites)} placed:")
     for edge, reason in scales.dropped.items():
         say(f"  {edge} stays float: {reason}")
 

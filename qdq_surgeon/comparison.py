@@ -18,7 +18,7 @@ from .errors import DataError, ModelError
 from .report.tables import decibels, share, table
 
 SIMULATED = "INT8 (Q/DQ simulated in onnxruntime)"
-SIMULATED_HALF = "INT8 and FP16 (simulated in onnxruntime)"
+SIMULATED_HALF = "INT8 and FP16 (simulated in onnxruntime, FP16 overflow not simulated)"
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,12 +153,21 @@ def half_scale(scale: NDArray[Any]) -> NDArray[Any]:
 
 
 def _raised_scales(source: ModelProto) -> Iterator[str]:
-    scales = {tensor.name: tensor for tensor in source.graph.initializer if not tensor.dims}
+    """What loses levels because its scale had to be raised. Raises ModelError where stored integers would change."""
+    constants = {tensor.name: tensor for tensor in source.graph.initializer}
     for node in source.graph.node:
-        if node.op_type == "QuantizeLinear" and node.input[1] in scales and node.input[0] not in scales:
-            scale = numpy_helper.to_array(scales[node.input[1]])
-            if 0 < scale < SMALLEST_NORMAL[HALF]:
-                yield f"{node.input[0]}: scale {float(scale):.3g} raised to {SMALLEST_NORMAL[HALF]:.3g}"
+        if node.op_type not in QDQ_OPS or node.input[1] not in constants:
+            continue
+        scale = numpy_helper.to_array(constants[node.input[1]])
+        low = int(np.sum((scale > 0) & (scale < SMALLEST_NORMAL[HALF])))
+        if low and node.op_type == "QuantizeLinear":
+            of_scales = f" for {low} of {scale.size} channels" if scale.ndim else ""
+            yield f"{node.input[0]}: scale {float(scale.min()):.3g} raised to {SMALLEST_NORMAL[HALF]:.3g}{of_scales}"
+        elif low and node.input[0] in constants:
+            raise ModelError(
+                f"the stored INT8 weight '{node.input[0]}' has scales below {SMALLEST_NORMAL[HALF]:.3g}, which FP16 "
+                "cannot hold: quantize the float model again"
+            )
 
 
 def _tensor(value: NDArray[Any], like: TensorProto) -> TensorProto:

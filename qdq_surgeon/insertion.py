@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from .edges import Plan, Site
-from .errors import PlanError
-from .model import QDQ_OPS, FreshNames, Model, bodies
+from .errors import ModelError, PlanError
+from .model import QDQ_OPS, FreshNames, Graph, Model, bodies
 from .rules.planner import check_plan
 from .scales import Scales
 
@@ -125,40 +125,37 @@ def strip_pairs(quantized: ModelProto) -> ModelProto:
     """A copy of a Q/DQ model, from any producer, without its pairs: the float model that it stands for.
 
     What read a DequantizeLinear reads what was quantized; a weight stored as integers becomes the float initializer
-    that its DequantizeLinear makes. Pairs inside control-flow bodies stay.
+    that its DequantizeLinear makes. Pairs inside control-flow bodies stay, and so do a Q and a DQ with other nodes
+    between. Where a producer let saturation stand for a Relu, that Relu is gone. Raises ModelError for stored
+    weights with a scale per block.
     """
+    view = Graph(quantized)
     proto = ModelProto()
     proto.CopyFrom(quantized)
     graph = proto.graph
-    makers = {output: node for node in graph.node for output in node.output}
-    constants = {tensor.name: tensor for tensor in graph.initializer}
     sources: dict[str, str] = {}
     casts: dict[str, NodeProto] = {}
-    for node in graph.node:
-        if node.op_type != "DequantizeLinear":
-            continue
-        maker = makers.get(node.input[0])
-        if maker is not None and maker.op_type == "QuantizeLinear":
-            types = [constants[name].data_type for name in (maker.input[1], node.input[1]) if name in constants]
-            if len(set(types)) > 1:  # the pair leads from one float type to another
-                casts[node.output[0]] = helper.make_node("Cast", [maker.input[0]], [node.output[0]], to=types[1])
-                continue
-            sources[node.output[0]] = maker.input[0]
-        elif node.input[0] in constants:
-            sources[node.output[0]] = node.output[0]
-            graph.initializer.append(_dequantized(node, constants))
+    for node in (node for node in graph.node if node.op_type == "DequantizeLinear"):
+        maker = view.producer(node.input[0])
+        output = node.output[0]
+        if maker is not None and maker.op == "QuantizeLinear":
+            sources[output] = maker.inputs[0]
+            types = [view.element_type(name) for name in (maker.inputs[1], node.input[1])]
+            if types[0] != types[1]:  # the pair leads from one float type to another
+                casts[output] = helper.make_node("Cast", [sources.pop(output)], [output], to=types[1])
+        elif view.is_constant(node.input[0]):
+            sources[output] = output
+            graph.initializer.append(_dequantized(node, view))
+    _redirect([graph], {name: _origin(name, sources) for name in sources})
+    for cast in casts.values():
+        cast.input[0] = _origin(cast.input[0], sources)
     kept = [casts.get(node.output[0], node) if node.output else node for node in graph.node]
     kept = [node for node in kept if node.op_type != "DequantizeLinear" or node.output[0] not in sources]
-    _redirect([graph], {name: _origin(name, sources) for name in sources})
-    for node in casts.values():
-        node.input[0] = _origin(node.input[0], sources)
-    for output in graph.output:
-        if output.name in sources and output.name not in constants:
-            kept.append(NodeProto(op_type="Identity", input=[_origin(output.name, sources)], output=[output.name]))
-    read = {name for node in kept for name in _names_read(node)} | {output.name for output in graph.output}
-    kept = [node for node in kept if node.op_type != "QuantizeLinear" or node.output[0] in read]
-    _replace(graph.node, kept)
-    read = {name for node in kept for name in _names_read(node)} | {output.name for output in graph.output}
+    for output in (output.name for output in graph.output if sources.get(output.name, output.name) != output.name):
+        kept.append(NodeProto(op_type="Identity", input=[_origin(output, sources)], output=[output]))
+    read = _names_used(kept, graph)
+    _replace(graph.node, [node for node in kept if node.op_type != "QuantizeLinear" or node.output[0] in read])
+    read = _names_used(graph.node, graph)
     ours = {name for node in quantized.graph.node if node.op_type in QDQ_OPS for name in node.input}
     _replace(
         graph.initializer, [tensor for tensor in graph.initializer if tensor.name in read or tensor.name not in ours]
@@ -167,13 +164,22 @@ def strip_pairs(quantized: ModelProto) -> ModelProto:
     return proto
 
 
-def _dequantized(node: NodeProto, constants: Mapping[str, TensorProto]) -> TensorProto:
-    value, scale, *rest = (numpy_helper.to_array(constants[name]) for name in node.input if name)
+def _names_used(nodes: Iterable[NodeProto], graph: GraphProto) -> set[str]:
+    return {name for node in nodes for name in _names_read(node)} | {output.name for output in graph.output}
+
+
+def _dequantized(node: NodeProto, view: Graph) -> TensorProto:
+    """The float weight that a DQ makes from stored integers: (value - zero point) * scale along its axis."""
+    if any(item.name == "block_size" and item.i for item in node.attribute):
+        raise ModelError(f"the weight '{node.input[0]}' has a scale per block, which is not an INT8 Q/DQ model")
+    value, scale, *rest = (view.value(name) for name in node.input if name)
     axis = next((item.i for item in node.attribute if item.name == "axis"), 1)
-    shape = [-1 if index == axis % value.ndim else 1 for index in range(value.ndim)] if scale.ndim else []
-    zero = rest[0].astype(np.float32).reshape(shape or ()) if rest else np.float32(0)
-    real = (value.astype(np.float32) - zero) * scale.reshape(shape or ())
-    return numpy_helper.from_array(real.astype(scale.dtype), node.output[0])
+    shape = (
+        [-1 if index == axis % value.ndim else 1 for index in range(value.ndim)] if scale.size > 1 else [1] * value.ndim
+    )
+    zero = rest[0].astype(np.float32).reshape(shape) if rest else np.float32(0)
+    real = (value.astype(np.float32) - zero) * scale.reshape(shape)
+    return numpy_helper.from_array(np.asarray(real, scale.dtype).reshape(value.shape), node.output[0])
 
 
 def _origin(name: str, sources: Mapping[str, str]) -> str:

@@ -129,7 +129,7 @@ def apply(
         scales = choose_scales(source, the_plan, statistics, method)
     result = Result(insert(source, the_plan, scales), the_plan, scales)
     if float16:
-        result = _in_float16(result, statistics, float16_io)
+        result = _in_float16(result, taps.largest(source, split.for_comparison()[0]), float16_io)
     if compare:
         batches, held_out = split.for_comparison()
         where = SIMULATED_HALF if float16 else SIMULATED
@@ -140,15 +140,12 @@ def apply(
     return result
 
 
-def _in_float16(result: Result, statistics: Statistics, io: bool) -> Result:
-    ranges = {name: statistic.amax for name, statistic in statistics.tensors.items()}
+def _in_float16(result: Result, ranges: Mapping[str, float], io: bool) -> Result:
     halved = to_float16(result.model, float16_io=io, ranges=ranges)
     notes = [f"stays FP32: {line}" for line in halved.kept]
     if halved.raised:
         names = ", ".join(halved.raised[:3]) + (" ..." if len(halved.raised) > 3 else "")
-        notes.append(
-            f"{count(len(halved.raised), 'activation')} too small for FP16 scales, which loses accuracy: {names}"
-        )
+        notes.append(f"{count(len(halved.raised), 'tensor')} too small for FP16 scales, which loses accuracy: {names}")
     return replace(result, model=halved.model, notes=tuple(notes))
 
 

@@ -315,3 +315,16 @@ def run(proto: ModelProto, **feed: np.ndarray) -> list[np.ndarray]:
         proto.SerializeToString(), options, ["CPUExecutionProvider"], disabled_optimizers=disabled
     )
     return session.run(None, feed)
+
+
+def test_what_overflows_between_the_pairs_stays_fp32_too():
+    """Squares inside a norm exceed FP16 where no pair stands; onnxruntime on the CPU would not show it."""
+    import qdq_surgeon
+    from tests.graphs import model
+
+    net = """g (float[N,32] x) => (y) <float[32,32] w, float[32,32] v> {
+      h = MatMul(x, w) s = Mul(h, h) m = ReduceMean<axes=[1]>(s) r = Sqrt(m) d = Div(h, r) y = MatMul(d, v)
+    }"""
+    data = {"x": (1e4 * np.random.default_rng(0).standard_normal((32, 32))).astype(np.float32)}
+    result = qdq_surgeon.quantize(model(net), data, float16=True)
+    assert any("Mul" in note and "65504" in note for note in result.notes)

@@ -46,6 +46,7 @@ NEEDS_ENGINES = ("--engine", "qdq-surgeon audit", "qdq-surgeon build")
 def test_each_command_ends_well(command, clone):
     if any(words in command for words in NEEDS_ENGINES):
         pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'qdq-surgeon[rtx]'")
+    pytest.importorskip("polygraphy", reason="Polygraphy is not installed: pip install 'qdq-surgeon[rtx]'")
     done = run(command, clone)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
@@ -64,6 +65,7 @@ def test_the_story_of_one_node_is_the_one_in_the_readme(clone):
 
 def test_the_audit_says_what_the_readme_shows(clone):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'qdq-surgeon[rtx]'")
+    pytest.importorskip("polygraphy", reason="Polygraphy is not installed: pip install 'qdq-surgeon[rtx]'")
     run(COMMANDS[0], clone)
     printed = run("qdq-surgeon audit digits.qdq.onnx --no-float", clone).stdout.splitlines()
     assert printed[1:4] == blocks("text")[2].splitlines()[1:]

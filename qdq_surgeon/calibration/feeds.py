@@ -6,6 +6,7 @@ All of them become `Feeds`: a stream of checked batches, cut to what the model's
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -175,16 +176,15 @@ class Split:
 
     def for_comparison(self) -> tuple[list[Batch], bool]:
         """The batches to compare on, and whether calibration has not seen them: where it did not run, all that fit."""
-        if self.samples:
+        if self.evaluation:
             return self.evaluation, self.held_out
         shelf = _Shelf()
-        for batch in self.feeds.batches:
-            if not shelf.has_room:
-                break
+        for batch in itertools.takewhile(lambda _: shelf.has_room, self.feeds.batches):
             shelf.add(batch)
         if not shelf.samples:
             raise DataError(f"{self.feeds.source} holds no samples: give at least one")
-        return shelf.batches, True
+        self.evaluation, self.held_out = shelf.batches, True
+        return self.evaluation, self.held_out
 
     def _is_enough(self, batch: Batch) -> bool:
         """True where the limit is reached, or where a batch that cannot be cut would exceed it."""

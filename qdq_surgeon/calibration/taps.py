@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper
@@ -21,6 +23,8 @@ log = logging.getLogger("qdq_surgeon")
 Progress: TypeAlias = Callable[[str, int, "int | None"], None]
 """Called with a stage's name, the samples done and their total (None: unknown). It may raise to stop the run."""
 
+RANGE_SAMPLES = 16
+"""How many samples tell which activations exceed FP16's range."""
 _QUIET = 4  # onnxruntime's FATAL: what goes wrong arrives as an exception
 
 
@@ -116,6 +120,22 @@ def collect(
             text = "'%s' held %d NaN or infinite values during calibration: its scale ignores them"
             log.warning(text, name, statistic.non_finite)
     return statistics
+
+
+def largest(model: Model, batches: Iterable[Batch]) -> dict[str, float]:
+    """The largest |x| of every float activation over a few samples, one sample at a time to keep memory low."""
+    graph = model.graph
+    made = {output for node in graph.nodes for output in node.outputs if graph.is_float(output)}
+    names = sorted(name for name in made if not graph.is_constant(name))
+    session = Session(tap(model, names))
+    found = dict.fromkeys(names, 0.0)
+    counts = ((batch, batch.samples if batch.divisible else 1) for batch in batches)
+    samples = (batch.part(index, index + 1) for batch, number in counts for index in range(number))
+    for sample in itertools.islice(samples, RANGE_SAMPLES):
+        for outputs in session.run(sample, names):
+            for name, array in zip(names, outputs, strict=True):
+                found[name] = max(found[name], float(np.max(np.abs(array), initial=0)))
+    return found
 
 
 def _serialized(proto: ModelProto) -> bytes:

@@ -20,10 +20,12 @@ tr { border-bottom: 1px solid #d9dee8; } td.number { text-align: right; font-var
 
 def audit_page(model: str, audit: Audit) -> str:
     """An audit as a page: the verdict, the engines side by side, and one row for each weighted op."""
-    done = len(audit.planned) - len(audit.in_float)
+    from ..tensorrt.audit import share_of_macs
+
+    done = sum(op.int8 for op in audit.planned)
     figures = [("INT8", audit.figures)] + ([("float", audit.float_figures)] if audit.float_figures else [])
     engines = [
-        (name, f"{f.kernels}", f"{f.int8_ops}", f"{f.int8_macs:.1%}", f"{f.bytes_moved:,}", f"{f.conversions}")
+        (name, f"{f.kernels}", f"{f.int8_ops}", share_of_macs(f), f"{f.bytes_moved:,}", f"{f.conversions}")
         for name, f in figures
     ]
     heads = ("engine", "kernels", "weighted ops in INT8", "MACs in INT8", "activation bytes moved", "only convert")

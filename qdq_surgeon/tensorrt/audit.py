@@ -8,15 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from onnx import ModelProto
 
 from ..edges import count
+from ..errors import PlacementError
 from ..insertion import PREFIX, strip_pairs
 from ..model import QDQ_OPS, Graph, Model, Node, Source, all_nodes, load, metadata
 from ..report.tables import table
-from ..rules.placement import DEFAULT, load_placement, presets
+from ..rules.commuting import commutes
+from ..rules.placement import DEFAULT, load_placement
 from ..rules.planner import make_plan
 from ..rules.predicates import WEIGHTED
 from .engine import TENSORRT_RTX, Backend, Engine, GivenShapes, build
@@ -51,12 +52,15 @@ class OpAudit:
 class Figures:
     """An engine in numbers. `bytes_moved`: what its kernels read and write of activations.
 
-    `conversions` counts kernels that hold nothing but quantizing, dequantizing and casting.
+    `int8_macs` is the share of multiply-accumulates in INT8 among the ops whose shapes are known (None: of none);
+    `unknown_macs` counts the others. `conversions` counts kernels that hold nothing but quantizing, dequantizing and
+    casting.
     """
 
     kernels: int
     int8_ops: int
-    int8_macs: float
+    int8_macs: float | None
+    unknown_macs: int
     bytes_moved: int
     conversions: int
 
@@ -70,6 +74,8 @@ class Audit:
     figures: Figures
     float_figures: Figures | None
     conversions: tuple[str, ...]
+    in_bodies: int = 0
+    """Weighted ops in control-flow bodies, which are not looked at."""
 
     @property
     def planned(self) -> tuple[OpAudit, ...]:
@@ -77,30 +83,40 @@ class Audit:
 
     @property
     def in_float(self) -> tuple[OpAudit, ...]:
-        """The planned ops that did not run in INT8."""
-        return tuple(op for op in self.planned if not op.int8)
+        """The planned ops that run in float: not those that TensorRT merged into others."""
+        return tuple(op for op in self.planned if not op.int8 and op.kernels)
 
     def __str__(self) -> str:
-        done = len(self.planned) - len(self.in_float)
+        done = sum(op.int8 for op in self.planned)
         parts = [
             f"engine of {self.backend}",
             f"{done} of {count(len(self.planned), 'planned op')} run in INT8: INT8 data and INT8 weights",
         ]
         parts += [f"  in float: {op.node}: {op.reason}" for op in self.in_float]
+        parts += [f"  no kernel of its own: {op.node}" for op in self.planned if not op.kernels]
         rest = [op for op in self.ops if not op.planned]
         parts += [f"{count(len(rest), 'weighted op')} not planned"] if rest else []
         parts += [f"  {op.node}: {op.reason}" for op in rest]
+        if self.in_bodies:
+            parts.append(f"{count(self.in_bodies, 'weighted op')} in control-flow bodies not looked at")
         columns = [("INT8", self.figures)] + ([("float", self.float_figures)] if self.float_figures else [])
         rows = [
             ("kernels", *(str(figures.kernels) for _, figures in columns)),
             ("weighted ops in INT8", *(str(figures.int8_ops) for _, figures in columns)),
-            ("multiply-accumulates in INT8", *(f"{figures.int8_macs:.1%}" for _, figures in columns)),
+            ("multiply-accumulates in INT8", *(share_of_macs(figures) for _, figures in columns)),
             ("activation bytes moved", *(f"{figures.bytes_moved:,}" for _, figures in columns)),
             ("kernels that only convert", *(str(figures.conversions) for _, figures in columns)),
         ]
         parts.append(table(("engine", *(name for name, _ in columns)), rows))
         parts += [f"  a kernel of its own: {text}" for text in self.conversions]
         return "\n".join(parts)
+
+
+def share_of_macs(figures: Figures) -> str:
+    """'98.0%', 'unknown', or what is known of it."""
+    if figures.int8_macs is None:
+        return "unknown"
+    return f"{figures.int8_macs:.1%}" + (f" ({figures.unknown_macs} ops unknown)" if figures.unknown_macs else "")
 
 
 def audit(
@@ -124,7 +140,9 @@ def audit(
         stripped = strip_pairs(source.original)
         float_engine, float_graph, float_named = _built(stripped, backend, shapes, tf32)
         float_figures = _figures(float_engine, float_graph, float_named)
-    return Audit(engine.backend, ops, _figures(engine, graph, named), float_figures, conversions)
+    weighted = sum(node.op_type in WEIGHTED for node in all_nodes(source.original.graph))
+    in_bodies = weighted - sum(node.op_type in WEIGHTED for node in source.original.graph.node)
+    return Audit(engine.backend, ops, _figures(engine, graph, named), float_figures, conversions, in_bodies)
 
 
 def _built(
@@ -135,11 +153,12 @@ def _built(
     copy.CopyFrom(proto)
     for number, node in enumerate(all_nodes(copy.graph)):
         node.name = f"n{number}"
-    engine = build(copy, backend=backend, shapes=shapes, tf32=tf32)
+    usual = {name: (bounds[len(bounds) // 2],) for name, bounds in (shapes or {}).items()}
+    engine = build(copy, backend=backend, shapes=usual, tf32=tf32)
     for value in copy.graph.input:
         if value.name in engine.shapes:
-            usual = engine.shapes[value.name][1]
-            for dim, size in zip(value.type.tensor_type.shape.dim, usual, strict=True):
+            sizes = engine.shapes[value.name][1]
+            for dim, size in zip(value.type.tensor_type.shape.dim, sizes, strict=True):
                 dim.dim_value = size
     del copy.graph.value_info[:]
     graph = Graph(copy)
@@ -158,7 +177,9 @@ def _ops(source: Model, engine: Engine, graph: Graph, named: Mapping[str, Node])
         int8 = any(layer.computes_int8(_weight_elements(node, graph)) for layer in layers)
         planned = any(_reads_pair(name, graph) for name in node.inputs[:2])
         reason = ""
-        if planned and not int8:
+        if planned and not layers:
+            reason = "no kernel of its own: TensorRT merged or removed it"
+        elif planned and not int8:
             found = dict.fromkeys(f.code for f in findings if label == f.node or (f.node and f.detail.endswith(label)))
             reason = ", ".join(found) or NO_INT8_KERNEL.get((engine.backend.name, node.op), UNEXPLAINED)
         elif not planned:
@@ -170,9 +191,12 @@ def _ops(source: Model, engine: Engine, graph: Graph, named: Mapping[str, Node])
 def _kept_rules(source: Model) -> dict[str, str]:
     """For each op that the placement left in float: the rule, from the plan of the model without its pairs."""
     name = metadata(source.original).get(f"{PREFIX}placement", DEFAULT)
-    known = all(part in presets() or Path(part).is_file() for part in name.split(","))
     stripped = load(strip_pairs(source.original))
-    plan = make_plan(stripped, load_placement(name if known else DEFAULT))
+    try:
+        placement = load_placement(name)
+    except PlacementError:  # rules or predicates of the caller's own, which are not here
+        placement = load_placement(DEFAULT)
+    plan = make_plan(stripped, placement)
     kept = {
         item.edge.reader: f"{item.rule}: {plan.because[item.rule]}"
         for item in reversed(plan.kept)
@@ -188,10 +212,12 @@ def _figures(engine: Engine, graph: Graph, named: Mapping[str, Node]) -> Figures
     macs = {node.first_output: _macs(node, graph) for node in ops}
     int8 = [n for n in ops if any(k.computes_int8(_weight_elements(n, graph)) for k in _layers_of(n, kernels))]
     total = sum(macs.values())
+    unknown = sum(not value for value in macs.values())
     return Figures(
         kernels=len(kernels),
         int8_ops=len(int8),
-        int8_macs=sum(macs[node.first_output] for node in int8) / total if total else 0.0,
+        int8_macs=sum(macs[node.first_output] for node in int8) / total if total else None,
+        unknown_macs=unknown,
         bytes_moved=sum(tensor.nbytes for layer in kernels for tensor in (*layer.inputs, *layer.outputs)),
         conversions=len(list(_conversions(kernels, named))),
     )
@@ -211,20 +237,17 @@ def _conversions(layers: Iterable[Layer], named: Mapping[str, Node]) -> Iterable
 
 
 def _reads_pair(tensor: str, graph: Graph) -> bool:
+    """True where the tensor is dequantized, or data movement behind such a tensor."""
     node = graph.producer(tensor)
+    while node is not None and commutes(node, graph):
+        node = graph.producer(node.inputs[0])
     return node is not None and node.op == "DequantizeLinear"
 
 
-def _weight_elements(node: Node, graph: Graph) -> int:
-    """How many elements the op's weight has; 1 where that is unknown."""
-    shapes = [graph.shape(name) for name in node.inputs[:2]]
-    constant = [shape for shape, name in zip(shapes, node.inputs, strict=False) if _is_weight(name, graph)]
-    sizes = [math.prod(size or 1 for size in shape) for shape in constant if shape]
-    return max(sizes, default=1)
-
-
-def _is_weight(tensor: str, graph: Graph) -> bool:
-    return graph.is_constant(tensor)
+def _weight_elements(node: Node, graph: Graph) -> int | None:
+    """How many elements the op's weight has; None where it has none."""
+    weights = [graph.shape(name) or () for name in node.inputs[:2] if graph.is_constant(name)]
+    return max((math.prod(size or 1 for size in shape) for shape in weights), default=None)
 
 
 def _macs(node: Node, graph: Graph) -> int:

@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -67,14 +67,15 @@ class Engine:
 
 
 def choose_backend(name: str | None = None) -> Backend:
-    """The backend asked for, else TensorRT where it is installed, else TensorRT-RTX.
+    """The backend asked for, else TensorRT where it can work (it needs a GPU), else TensorRT-RTX.
 
     Raises EngineError, which names the install command, where it is missing.
     """
     if name is not None and name not in BACKENDS:
         raise EngineError(f"unknown backend {name!r}.{nearest(name, BACKENDS)} Backends: {', '.join(BACKENDS)}")
     installed = [backend for backend in BACKENDS if _is_installed(MODULES[backend])]
-    chosen = name or next(iter(installed), TENSORRT_RTX)
+    usable = [backend for backend in installed if backend == TENSORRT_RTX or has_gpu()]
+    chosen = name or next(iter(usable), TENSORRT_RTX)
     if chosen not in installed or not _is_installed("polygraphy"):
         raise EngineError(f"{TITLES[chosen]} is not installed: pip install 'qdq-surgeon[{EXTRAS[chosen]}]'")
     _select(chosen)
@@ -132,8 +133,10 @@ def build(
             raise
         except Exception as error:
             raise EngineError(f"{TITLES[chosen.name]} cannot build the engine: {_reason(logger, error)}") from error
-    engine = Engine(data, from_log(logger.messages), chosen, ranges, time.perf_counter() - start, tf32)
-    return replace(engine, layers=_inspect(trt, logger, data)) if chosen.gpu else engine
+    layers = from_log(logger.messages) or (_inspect(trt, logger, data) if chosen.gpu else ())
+    if not layers:
+        raise EngineError(f"{TITLES[chosen.name]} built the engine but does not say what is in it")
+    return Engine(data, layers, chosen, ranges, time.perf_counter() - start, tf32)
 
 
 def profile_shapes(proto: ModelProto, shapes: GivenShapes) -> dict[str, ShapeRange]:

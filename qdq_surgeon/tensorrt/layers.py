@@ -55,14 +55,17 @@ class Layer:
     def is_kernel(self) -> bool:
         return self.kind not in IDLE and bool(self.outputs)
 
-    def computes_int8(self, weight_elements: int) -> bool:
+    def computes_int8(self, weight_elements: int | None) -> bool:
         """True for a kernel that reads INT8 data and an INT8 weight of at least so many elements.
 
-        A layer that dequantizes first does not count, nor does an INT8 input beside a float weight.
+        None stands for a product of two activations: then two inputs must be INT8. A layer that dequantizes first
+        does not count, nor does an INT8 input beside a float weight.
         """
         if self.kind in WIDENING:
             return False
         data = [tensor for tensor in self.inputs if tensor.type == "int8"]
+        if weight_elements is None:
+            return len(data) > 1
         weights = {tensor.type for tensor in self.constants if tensor.elements >= weight_elements}
         return ("int8" in weights and bool(data)) or (not weights and len(data) > 1)
 

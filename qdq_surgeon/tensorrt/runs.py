@@ -5,9 +5,10 @@ Without a GPU the audit of the engine is all there is, and the report says what 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ WARM_UP, TIMED = 20, 100
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """GPU time of one run by CUDA events, in milliseconds, copies left out; clocks as the GPU sets them."""
+    """Milliseconds of one run between two CUDA events, enqueueing included, copies left out; clocks not locked."""
 
     median: float
     p95: float
@@ -91,54 +92,78 @@ class EngineReport:
 
 
 class EngineSession:
-    """A Polygraphy runner over a built engine. Use it in a `with` statement."""
+    """A Polygraphy runner over a built engine. Use it in a `with` statement. Raises EngineError where it fails."""
 
     def __init__(self, engine: Engine) -> None:
         from polygraphy.backend.trt import EngineFromBytes, TrtRunner
 
         self._runner: Any = TrtRunner(EngineFromBytes(engine.data))
+        self._half: set[str] = set()
         self.outputs: tuple[str, ...] = ()
 
     def __enter__(self) -> EngineSession:
-        with quiet_polygraphy():
+        with _gpu_errors():
             self._runner.activate()
-        engine = self._runner.engine
-        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        self.outputs = tuple(name for name in names if engine.get_tensor_mode(name).name == "OUTPUT")
+            engine = self._runner.engine
+            names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+            self.outputs = tuple(name for name in names if engine.get_tensor_mode(name).name == "OUTPUT")
+            self._half = {name for name in names if engine.get_tensor_dtype(name).name == "HALF"}
         return self
 
     def __exit__(self, *_: object) -> None:
-        with quiet_polygraphy():
+        with _gpu_errors():
             self._runner.deactivate()
 
     def run(self, batch: Batch, names: Sequence[str]) -> list[list[NDArray[Any]]]:
         """The named outputs for one batch."""
-        with quiet_polygraphy():
-            outputs = self._runner.infer(dict(batch.feed), copy_outputs_to_host=True)
+        feed = {name: array.astype("float16") if name in self._half else array for name, array in batch.feed.items()}
+        with _gpu_errors():
+            outputs = self._runner.infer(feed, copy_outputs_to_host=True)
         return [[outputs[name] for name in names]]
 
     def latency(self, batch: Batch) -> Latency:
         """Time the engine on one batch, whose tensors stay on the GPU meanwhile."""
+        self.run(batch, self.outputs)
+        with _gpu_errors():
+            times = sorted(self._times()[WARM_UP:])
+        return Latency(statistics.median(times), times[int(0.95 * len(times))], batch.samples)
+
+    def _times(self) -> list[float]:
         from polygraphy import cuda
 
-        self.run(batch, self.outputs)
         runtime, stream = cuda.wrapper().handle, self._runner.stream.ptr
         events = [ctypes.c_void_p() for _ in range(2)]
         for event in events:
-            runtime.cudaEventCreate(ctypes.byref(event))
+            _check(runtime.cudaEventCreate(ctypes.byref(event)))
         times = []
         for _ in range(WARM_UP + TIMED):
-            runtime.cudaEventRecord(events[0], ctypes.c_void_p(stream))
-            self._runner.context.execute_async_v3(stream)
-            runtime.cudaEventRecord(events[1], ctypes.c_void_p(stream))
-            runtime.cudaEventSynchronize(events[1])
+            _check(runtime.cudaEventRecord(events[0], ctypes.c_void_p(stream)))
+            if not self._runner.context.execute_async_v3(stream):
+                raise EngineError("TensorRT could not run the engine again")
+            _check(runtime.cudaEventRecord(events[1], ctypes.c_void_p(stream)))
+            _check(runtime.cudaEventSynchronize(events[1]))
             elapsed = ctypes.c_float()
-            runtime.cudaEventElapsedTime(ctypes.byref(elapsed), *events)
+            _check(runtime.cudaEventElapsedTime(ctypes.byref(elapsed), *events))
             times.append(elapsed.value)
         for event in events:
-            runtime.cudaEventDestroy(event)
-        timed = sorted(times[WARM_UP:])
-        return Latency(statistics.median(timed), timed[int(0.95 * len(timed))], batch.samples)
+            _check(runtime.cudaEventDestroy(event))
+        return times
+
+
+def _check(status: int) -> None:
+    if status:
+        raise EngineError(f"CUDA answers with error {status}")
+
+
+@contextlib.contextmanager
+def _gpu_errors() -> Iterator[None]:
+    try:
+        with quiet_polygraphy():
+            yield
+    except EngineError:
+        raise
+    except Exception as error:
+        raise EngineError(f"the engine cannot be run: {' '.join(str(error).split())[:300]}") from error
 
 
 def compare_engines(
@@ -153,23 +178,29 @@ def compare_engines(
 ) -> EngineReport:
     """Audit the INT8 engine and, where there is a GPU, run FP32, FP16 and INT8 engines on the batches.
 
-    Raises EngineError where TensorRT is missing or refuses a model.
+    A float engine that cannot be had is left out, and the report says so. Raises EngineError where TensorRT is
+    missing or refuses the INT8 model.
     """
     given = dict(shapes or {}) or shapes_of(float_model, batches)
     audited = audit(load(quantized), backend=backend, shapes=given)
     if not audited.backend.gpu:
         return EngineReport(audited.backend, audited, left_out="accuracy and latency in TensorRT, for lack of a GPU")
-    models = {
-        "FP32": float_model.original,
-        "FP16": to_float16(float_model.original).model,
-        "INT8": quantized,
-    }
     reference = Session(float_model.original)
-    runs = tuple(
-        _run(precision, build(proto, backend=backend, shapes=given), reference, batches, data, held_out)
-        for precision, proto in models.items()
-    )
-    return EngineReport(audited.backend, audited, runs)
+    models: dict[str, Callable[[], ModelProto]] = {
+        "FP32": lambda: float_model.original,
+        "FP16": lambda: to_float16(float_model.original).model,
+        "INT8": lambda: quantized,
+    }
+    runs, left_out = [], []
+    for precision, proto in models.items():
+        try:
+            engine = build(proto(), backend=backend, shapes=given)
+            runs.append(_run(precision, engine, reference, batches, data, held_out))
+        except QdqError as error:
+            if precision == "INT8":
+                raise
+            left_out.append(f"{precision} ({error})")
+    return EngineReport(audited.backend, audited, tuple(runs), ", ".join(left_out))
 
 
 def shapes_of(model: Model, batches: Iterable[Batch]) -> Mapping[str, tuple[tuple[int, ...], ...]]:

@@ -10,6 +10,7 @@ from qdq_surgeon.tensorrt.audit import audit
 from tests.graphs import typed as model
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'qdq-surgeon[rtx]'")
+pytest.importorskip("polygraphy", reason="Polygraphy is not installed: pip install 'qdq-surgeon[rtx]'")
 
 TWO_CONVS = """g (float[1,16,16,16] x) => (y) <float[16,16,3,3] w, float[32,16,3,3] v> {
   a = Conv<pads=[1,1,1,1]>(x, w)
@@ -125,3 +126,35 @@ def test_a_conv_transpose_in_float_is_explained_by_name():
     text = "g (float[1,16,16,16] x) => (y) <float[16,32,2,2] w> { y = ConvTranspose<strides=[2,2]>(x, w) }"
     (op,) = audit(quantized(text), backend="tensorrt-rtx", beside_float=False).in_float
     assert op.reason.startswith("TensorRT-RTX has no INT8 ConvTranspose")
+
+
+def test_attention_in_int8_is_seen_as_such():
+    text = """g (float[1,64,64] x) => (y) <float[64,64] wq, float[64,64] wk, float[64,64] wv> {
+      q = MatMul(x, wq) k = MatMul(x, wk) v = MatMul(x, wv)
+      t = Transpose<perm=[0,2,1]>(k)
+      s = MatMul(q, t) p = Softmax(s) y = MatMul(p, v)
+    }"""
+    done = audit(quantized(text, placement="cases/attention-int8,tensorrt"), backend="tensorrt-rtx", beside_float=False)
+    assert (len(done.planned), done.in_float) == (5, ())
+
+
+def test_a_profile_with_a_range_is_audited_at_its_usual_shape():
+    text = TWO_CONVS.replace("float[1,16,16,16] x", "float[N,16,16,16] x")
+    data = np.random.default_rng(0).standard_normal((4, 16, 16, 16)).astype(np.float32)
+    proto = qdq_surgeon.quantize(model(text), {"x": data}, compare=False).model
+    ranges = {"x": tuple((batch, 16, 16, 16) for batch in (1, 2, 8))}
+    wide = audit(proto, backend="tensorrt-rtx", shapes=ranges, beside_float=False)
+    narrow = audit(proto, backend="tensorrt-rtx", shapes={"x": ((2, 16, 16, 16),)}, beside_float=False)
+    assert wide.figures == narrow.figures
+    assert wide.figures.bytes_moved > 0
+
+
+def test_macs_that_are_not_known_are_said_to_be_unknown():
+    text = "g (float[1,16,16,16] x, float[A,B,16,16] z) => (y) <float[16,16,3,3] w> { a = Add(x, z) y = Conv(a, w) }"
+    done = audit(
+        qdq_surgeon.quantize(model(text), shapes={"z": (1, 16, 16, 16)}, samples=2, compare=False).model,
+        backend="tensorrt-rtx",
+        shapes={"z": ((1, 16, 16, 16),)},
+    )
+    assert "unknown" not in str(done)
+    assert done.figures.unknown_macs == 0

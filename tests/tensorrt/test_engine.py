@@ -9,6 +9,7 @@ from qdq_surgeon.tensorrt.engine import EngineError, build, choose_backend, prof
 from tests.graphs import typed as model
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'qdq-surgeon[rtx]'")
+pytest.importorskip("polygraphy", reason="Polygraphy is not installed: pip install 'qdq-surgeon[rtx]'")
 
 NET = "g (float[N,16,8,8] x) => (y) <float[32,16,3,3] w> { c = Conv<pads=[1,1,1,1]>(x, w) y = Relu(c) }"
 

@@ -87,3 +87,8 @@ def test_the_inspectors_json_gives_the_same_type():
     assert conv.outputs == (LayerTensor("y", "half", (1, 32, 8, 8)),)
     assert conv.nodes == {"conv1", "relu1"}
     assert conv.computes_int8(4608)
+
+
+def test_a_product_of_two_activations_is_int8_where_both_inputs_are():
+    assert layer(inputs=["int8", "int8"], constants=["float"]).computes_int8(None)
+    assert not layer(inputs=["int8", "float"], constants=["int8"]).computes_int8(None)

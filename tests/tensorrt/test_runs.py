@@ -19,10 +19,10 @@ NET = "g (float[N,16,8,8] x) => (y) <float[32,16,3,3] w> { c = Conv<pads=[1,1,1,
 
 def report(runs=(), in_float=0):
     ops = tuple(
-        OpAudit(f"Conv c{i}", f"c{i}", True, i >= in_float, 100, (), "one-sided" if i < in_float else "")
+        OpAudit(f"Conv c{i}", f"c{i}", True, i >= in_float, 100, ("kernel",), "one-sided" if i < in_float else "")
         for i in range(4)
     )
-    figures = Figures(10, 4 - in_float, 1.0, 1000, 0)
+    figures = Figures(10, 4 - in_float, 1.0, 0, 1000, 0)
     audit = Audit(Backend("tensorrt", "11.4", True), ops, figures, None, ())
     comparison = Comparison((), 8, "data", True)
     return EngineReport(
@@ -66,6 +66,7 @@ def test_without_samples_there_is_nothing_to_run():
 @pytest.mark.skipif(has_gpu(), reason="there is a GPU here")
 def test_without_a_gpu_the_report_says_what_it_left_out():
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'qdq-surgeon[rtx]'")
+    pytest.importorskip("polygraphy", reason="Polygraphy is not installed: pip install 'qdq-surgeon[rtx]'")
     model = load(typed(NET))
     data = np.random.default_rng(0).standard_normal((8, 16, 8, 8)).astype(np.float32)
     result = qdq_surgeon.quantize(model, {"x": data})
@@ -78,9 +79,9 @@ def test_without_a_gpu_the_report_says_what_it_left_out():
 @pytest.mark.parametrize(
     ("target", "line"),
     [
-        ("trt10", "trtexec --onnx=m.onnx --saveEngine=m.engine --stronglyTyped"),
-        ("trt11", "trtexec --onnx=m.onnx --saveEngine=m.engine"),
-        ("rtx", "tensorrt_rtx --onnx=m.onnx --saveEngine=m.engine"),
+        ("trt10", "trtexec --onnx=m.onnx --saveEngine=m.engine --noTF32 --stronglyTyped"),
+        ("trt11", "trtexec --onnx=m.onnx --saveEngine=m.engine --noTF32"),
+        ("rtx", "tensorrt_rtx --onnx=m.onnx --saveEngine=m.engine --noTF32"),
     ],
 )
 def test_the_trtexec_line_is_that_of_the_version(target, line, tmp_path):

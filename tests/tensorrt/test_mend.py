@@ -329,6 +329,19 @@ def test_its_symmetric_variant_is_mended(quantize_static, kind, per_channel):
     np.testing.assert_allclose(run(result.model), run(proto), rtol=1e-4, atol=1e-5)
 
 
+def test_its_mended_symmetric_variant_is_built_by_tensorrt_rtx(quantize_static):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'qdq-surgeon[rtx]'")
+    pytest.importorskip("polygraphy", reason="Polygraphy is not installed: pip install 'qdq-surgeon[rtx]'")
+    from qdq_surgeon.tensorrt.engine import EngineError, build
+
+    symmetric = {"ActivationSymmetric": True, "WeightSymmetric": True}
+    proto = quantize_static(activation_type="QInt8", weight_type="QInt8", per_channel=True, extra_options=symmetric)
+    with pytest.raises(EngineError):
+        build(onnx.shape_inference.infer_shapes(proto), backend="tensorrt-rtx")
+    engine = build(onnx.shape_inference.infer_shapes(mend(proto).model), backend="tensorrt-rtx")
+    assert any(layer.computes_int8(1) for layer in engine.layers)
+
+
 def test_mended_models_are_mended():
     result = mend(conv(z=np.uint8(128)))
     again = mend(result.model)

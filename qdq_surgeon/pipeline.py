@@ -119,34 +119,34 @@ def apply(
     if not the_plan.sites:
         return Result(insert(source, the_plan, NO_SCALES), the_plan, NO_SCALES)
     split = Split(_feeds(source, data, shapes), samples)
-    statistics = Statistics({}, source.digest, NO_SCALES.origin)
     if calibration_cache is not None:
         scales = scales_from_cache(source, the_plan, read_cache(calibration_cache))
-    elif not compare and not tensors_to_calibrate(the_plan):
-        scales = choose_scales(source, the_plan, statistics, method)
     else:
-        statistics = _collect(source, the_plan, split, progress)
-        scales = choose_scales(source, the_plan, statistics, method)
+        statistics = _collect(source, the_plan, split, progress, needed=compare)
+        scales = choose(source, the_plan, statistics, method)
     result = Result(insert(source, the_plan, scales), the_plan, scales)
     if float16:
-        result = _in_float16(result, taps.largest(source, split.for_comparison()[0]), float16_io)
+        result = _in_float16(result, source, split, float16_io)
     if compare:
-        batches, held_out = split.for_comparison()
-        where = SIMULATED_HALF if float16 else SIMULATED
-        comparison = compare_models(
-            source.original, result.model, batches, split.feeds.source, held_out, progress, where
-        )
-        result = replace(result, comparison=comparison, evaluation=tuple(batches))
+        result = _compared(result, source, split, SIMULATED_HALF if float16 else SIMULATED, progress)
     return result
 
 
-def _in_float16(result: Result, ranges: Mapping[str, float], io: bool) -> Result:
-    halved = to_float16(result.model, float16_io=io, ranges=ranges)
+def _in_float16(result: Result, source: Model, split: Split, io: bool) -> Result:
+    batches, _ = split.for_comparison()
+    halved = to_float16(result.model, float16_io=io, ranges=taps.largest(source, batches))
     notes = [f"stays FP32: {line}" for line in halved.kept]
     if halved.raised:
         names = ", ".join(halved.raised[:3]) + (" ..." if len(halved.raised) > 3 else "")
         notes.append(f"{count(len(halved.raised), 'tensor')} too small for FP16 scales, which loses accuracy: {names}")
     return replace(result, model=halved.model, notes=tuple(notes))
+
+
+def _compared(result: Result, source: Model, split: Split, where: str, progress: Progress | None) -> Result:
+    batches, held_out = split.for_comparison()
+    data = split.feeds.source
+    comparison = compare_models(source.original, result.model, batches, data, held_out, progress, where)
+    return replace(result, comparison=comparison, evaluation=tuple(batches))
 
 
 def plan(
@@ -225,11 +225,15 @@ def _feeds(source: Model, data: Data | None, shapes: Shapes | None) -> feeds.Fee
     return feeds.default_data(source, shapes, taps.trial(source.original))
 
 
-def _collect(source: Model, the_plan: Plan, split: Split, progress: Progress | None) -> Statistics:
+def _collect(source: Model, the_plan: Plan, split: Split, progress: Progress | None, needed: bool = True) -> Statistics:
+    """One pass over the calibration part of the data; none where no scale and no comparison needs it."""
     check_plan(source, the_plan)
-    tensors = taps.collect(source, tensors_to_calibrate(the_plan), split, split.most, progress)
+    tensors = tensors_to_calibrate(the_plan)
+    if not tensors and not needed:
+        return Statistics({}, source.digest, NO_SCALES.origin)
+    found = taps.collect(source, tensors, split, split.most, progress)
     origin = Origin(split.feeds.source, split.digest, split.samples, split.feeds.synthetic)
-    return Statistics(tensors, source.digest, origin)
+    return Statistics(found, source.digest, origin)
 
 
 def _check_is_float(source: Model) -> None:

@@ -161,4 +161,4 @@ def _every_node(proto: ModelProto) -> Iterator[NodeProto]:
 def _reason(error: BaseException) -> str:
     """onnxruntime's message without its prefix, on one line."""
     text = " ".join(str(error).split())
-    return text.split(" : ", 2)[-1][:300] if text.startswith("[ONNXRuntimeError]") else text[:300]
+    return text.split(" : ", 3)[-1][:300] if text.startswith("[ONNXRuntimeError]") else text[:300]

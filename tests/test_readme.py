@@ -39,14 +39,18 @@ def run(command, folder):
     return subprocess.run([program, *words[1:]], cwd=folder, capture_output=True, text=True)
 
 
+def needs_engines():
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'qdq-surgeon[rtx]'")
+    pytest.importorskip("polygraphy", reason="Polygraphy is not installed: pip install 'qdq-surgeon[rtx]'")
+
+
 NEEDS_ENGINES = ("--engine", "qdq-surgeon audit", "qdq-surgeon build")
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if not command.endswith("pytest")])
 def test_each_command_ends_well(command, clone):
     if any(words in command for words in NEEDS_ENGINES):
-        pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'qdq-surgeon[rtx]'")
-    pytest.importorskip("polygraphy", reason="Polygraphy is not installed: pip install 'qdq-surgeon[rtx]'")
+        needs_engines()
     done = run(command, clone)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
@@ -64,8 +68,7 @@ def test_the_story_of_one_node_is_the_one_in_the_readme(clone):
 
 
 def test_the_audit_says_what_the_readme_shows(clone):
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'qdq-surgeon[rtx]'")
-    pytest.importorskip("polygraphy", reason="Polygraphy is not installed: pip install 'qdq-surgeon[rtx]'")
+    needs_engines()
     run(COMMANDS[0], clone)
     printed = run("qdq-surgeon audit digits.qdq.onnx --no-float", clone).stdout.splitlines()
     assert printed[1:4] == blocks("text")[2].splitlines()[1:]

@@ -155,6 +155,7 @@ class Graph:
     def __init__(self, proto: ModelProto, folder: Path | None = None) -> None:
         self.proto = proto
         self.opset = default_opset(proto)
+        self._quantizable = FLOAT_TYPES if self.opset >= HALF_OPSET else FLOAT_TYPES - HALF_TYPES
         self._folder = str(folder) if folder else ""
         self._initializers = {tensor.name: tensor for tensor in proto.graph.initializer}
         self._sparse = {tensor.values.name for tensor in proto.graph.sparse_initializer}
@@ -193,8 +194,8 @@ class Graph:
         return tensor in self._constants
 
     def is_float(self, tensor: str) -> bool:
-        """True for FP32, FP16 and BF16 tensors: those that Q/DQ can read."""
-        return self._types.get(tensor) in FLOAT_TYPES
+        """True for the tensors that Q/DQ can read: FP32, and from opset 19 on FP16 and BF16."""
+        return self._types.get(tensor) in self._quantizable
 
     def element_type(self, tensor: str) -> int | None:
         """The TensorProto.DataType of a tensor, None where it is unknown."""
@@ -419,7 +420,9 @@ def _raised(proto: ModelProto, name: str) -> tuple[ModelProto, tuple[str, ...]]:
         return converted_to(proto, want), (f"opset raised from {have} to {want}",)
     except Exception as error:
         reason = one_line(error)
-    if want == HALF_OPSET or have < PER_TENSOR_OPSET:
+    if have >= MIN_OPSET:
+        return proto, (f"opset stays at {have}, so FP16 and BF16 tensors stay float: onnx's converter says: {reason}",)
+    if have < PER_TENSOR_OPSET:
         raise ModelError(
             f"{name} has opset {have}, Q/DQ needs {want}, and onnx's converter refuses it ({reason}): "
             f"export it with opset {want} or later"

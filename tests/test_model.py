@@ -422,7 +422,7 @@ def test_where_the_opset_cannot_be_raised_weights_get_one_scale_per_tensor(monke
 def test_where_the_opset_must_be_raised_and_cannot_the_model_is_refused(monkeypatch):
     monkeypatch.setattr(version_converter, "convert_version", refuse)
     proto = model("g (float[4,4] x) => (y) <float[4,4] w> { y = MatMul(x, w) }", 9)
-    with pytest.raises(ModelError, match="opset 9, .*no adapter for Magic.*: export it with opset 13"):
+    with pytest.raises(ModelError, match=r"opset 9, .*no adapter for Magic.*: export it with opset 13"):
         load(proto)
 
 

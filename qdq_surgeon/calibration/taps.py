@@ -123,7 +123,7 @@ def collect(
 
 
 def largest(model: Model, batches: Iterable[Batch]) -> dict[str, float]:
-    """The largest |x| of every float activation over a few samples, one sample at a time to keep memory low."""
+    """The largest finite |x| of every float activation over a few samples, one at a time to keep memory low."""
     graph = model.graph
     made = {output for node in graph.nodes for output in node.outputs if graph.is_float(output)}
     names = sorted(name for name in made if not graph.is_constant(name))
@@ -134,7 +134,7 @@ def largest(model: Model, batches: Iterable[Batch]) -> dict[str, float]:
     for sample in itertools.islice(samples, RANGE_SAMPLES):
         for outputs in session.run(sample, names):
             for name, array in zip(names, outputs, strict=True):
-                found[name] = max(found[name], float(np.max(np.abs(array), initial=0)))
+                found[name] = max(found[name], float(np.max(np.abs(array), initial=0, where=np.isfinite(array))))
     return found
 
 

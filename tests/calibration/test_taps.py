@@ -7,7 +7,7 @@ from onnx.reference import ReferenceEvaluator
 
 from qdq_surgeon.calibration import taps
 from qdq_surgeon.calibration.feeds import Batch, Split, read_data
-from qdq_surgeon.calibration.taps import Session, collect, tap
+from qdq_surgeon.calibration.taps import Session, collect, largest, tap
 from qdq_surgeon.errors import DataError, ModelError
 from qdq_surgeon.model import load
 from tests.graphs import model
@@ -181,3 +181,13 @@ def assert_same_histogram(statistic, values):
     bits = np.abs(values.astype(np.float32)).view(np.uint32).reshape(-1) >> 16
     expected = np.bincount(bits, minlength=statistic.histogram.size)
     assert np.abs(statistic.histogram - expected).sum() <= max(4, 0.002 * values.size)
+
+
+def test_the_largest_value_of_every_activation_leaves_infinity_out():
+    """A mask of -inf is exact in FP16."""
+    text = "g (float[N,4] x) => (y) { a = Log(x) b = Abs(x) y = Add(a, b) }"
+    x = np.array([[0, 1, 2, 3], [4, 5, 6, 100]], np.float32)
+    loaded = load(model(text))
+    found = largest(loaded, read_data({"x": x}, loaded).batches)
+    assert found["a"] == pytest.approx(np.log(100))
+    assert found["b"] == 100

@@ -11,8 +11,9 @@ from typing import TypedDict, Unpack
 from onnx import ModelProto
 
 from .calibration import feeds, taps
-from .calibration.feeds import Batch, Data, Shapes, Split
+from .calibration.feeds import Batch, Data, Shapes
 from .calibration.ranges import DEFAULT_METHOD, range_method
+from .calibration.split import Split
 from .calibration.statistics import Origin, Statistics
 from .calibration.taps import Progress
 from .comparison import SIMULATED, SIMULATED_HALF, Comparison, compare_models

@@ -1,1 +1,1 @@
-"""Feeds (where data comes from), taps (one onnxruntime pass), statistics (mergeable), ranges (to thresholds)."""
+"""Feeds (where data comes from), their split, taps (one onnxruntime pass), statistics (mergeable), ranges."""

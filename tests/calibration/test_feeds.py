@@ -9,7 +9,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from qdq_surgeon.calibration.feeds import Split, default_data, read_data
+from qdq_surgeon.calibration.feeds import default_data, read_data
+from qdq_surgeon.calibration.split import Split
 from qdq_surgeon.errors import DataError
 from qdq_surgeon.model import load
 from tests.graphs import model

@@ -6,7 +6,8 @@ from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
 from qdq_surgeon.calibration import taps
-from qdq_surgeon.calibration.feeds import Batch, Split, read_data
+from qdq_surgeon.calibration.feeds import Batch, read_data
+from qdq_surgeon.calibration.split import Split
 from qdq_surgeon.calibration.taps import Session, collect, largest, tap
 from qdq_surgeon.errors import DataError, ModelError
 from qdq_surgeon.model import load

@@ -1,0 +1,432 @@
+"""What each command does: it checks the options, calls the rooms, says what happened, returns the exit code.
+
+The rooms are imported where they are used, so that `--help` and mistakes are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .edges import Plan, count
+from .errors import PlanError, QdqError
+
+if TYPE_CHECKING:
+    from .calibration.taps import Progress
+    from .comparison import Comparison
+    from .model import Model
+    from .scales import Scales
+    from .tensorrt.runs import EngineReport
+
+OK, GATE_FAILED = 0, 1
+
+SYNTHETIC_WARNING = (
+    "No calibration data was given, so the scales come from MADE-UP INPUTS. This model is good for trying out the "
+    "tool and TensorRT, not for use: its accuracy means nothing. Give real samples with --data."
+)
+
+SYNTHETIC_COMPARISON = (
+    "No data was given, so the models were compared on MADE-UP INPUTS. These figures say nothing about accuracy. Give "
+    "real samples with --data."
+)
+
+
+def insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
+    """Insert pairs: the whole line, with everything that the user asked for around it."""
+    from . import pipeline
+    from .calibration.feeds import SYNTHETIC
+    from .model import save
+    from .tensorrt.cache import write_cache
+    from .tensorrt.runs import compare_engines, shapes_of
+    from .tensorrt.trtexec import trtexec_command
+
+    if options.plan:
+        return plan(options, say)
+    _check_insert(options)
+    model = _load(options)
+    output = options.output or options.model.with_name(f"{options.model.stem}.qdq.onnx")
+    _check_files(options, output)
+    _say_notes(model, say)
+    the_plan = _read_plan(options.plan_file) if options.plan_file else _make_plan(model, options)
+    say(f"{options.model}: {next(the_plan.lines())}")
+    if not the_plan.sites:
+        say("nothing to quantize: the float model is written as it is (--plan says why)")
+    with _progress_bar(options) as progress:
+        result = pipeline.apply(
+            model,
+            the_plan,
+            options.data,
+            method=options.method,
+            samples=options.samples,
+            shapes=dict(options.shapes),
+            calibration_cache=options.calibration_cache,
+            float16=options.float16,
+            float16_io=options.float16_io,
+            compare=not options.no_compare,
+            progress=progress,
+        )
+    origin = result.scales.origin
+    if origin.synthetic and any(not site.weight for site in the_plan.sites):
+        _shout(SYNTHETIC_WARNING)
+    elif result.comparison and result.comparison.data == SYNTHETIC:
+        _shout(SYNTHETIC_COMPARISON)
+    if origin.samples:
+        say(f"calibrated by {result.scales.method} on {count(origin.samples, 'sample')} of {origin.data}")
+    _say_dropped(result.scales, the_plan, say)
+    for note in result.notes:
+        say(f"note: {note}")
+    if result.comparison:
+        say(result.comparison)
+        _check_judged(result.comparison, options)
+    save(result.model, output)
+    say(f"wrote {output}")
+    if options.json:
+        _write_json(options.json, the_plan, result.comparison)
+        say(f"wrote {options.json}")
+    if options.write_cache:
+        write_cache(result.scales, the_plan, options.write_cache)
+        say(f"wrote {options.write_cache}")
+    if options.trtexec is not None:
+        profile = shapes_of(model, result.evaluation) if result.evaluation else {}
+        say(trtexec_command(model, output, options.trtexec, profile))
+    report = None
+    if options.engine and result.comparison:
+        data, held_out = result.comparison.data, result.comparison.held_out
+        report = compare_engines(model, result.model, result.evaluation, data, held_out, backend=options.backend)
+        say(report)
+    return _gate(result.comparison, options, report)
+
+
+def _check_insert(options: argparse.Namespace) -> None:
+    """Refuse, before any work, options that do not go together."""
+    from .tensorrt.trtexec import check_target
+
+    filters = options.include or options.exclude or options.op_types
+    gates = (options.min_sqnr, options.min_agreement)
+    if options.explain:
+        raise QdqError("--explain goes with --plan")
+    if options.plan_file and (filters or options.placement != "tensorrt"):
+        raise QdqError("--plan-file holds the decisions: give placement and filters to the --plan that made it")
+    if options.no_compare and (options.engine or any(gate is not None for gate in gates)):
+        raise QdqError("--engine, --min-sqnr and --min-agreement need the comparison: leave --no-compare out")
+    if options.float16_io and not options.float16:
+        raise QdqError("--float16-io goes with --float16")
+    check_target(options.trtexec or "")
+    _check_gates(options)
+
+
+def plan(options: argparse.Namespace, say: Callable[[object], None]) -> int:
+    """Print the plan, or the story of one node."""
+    from .report.explain import explain
+
+    model = _load(options)
+    _check_files(options)
+    _say_notes(model, say)
+    plan = _make_plan(model, options)
+    say(explain(plan, model.graph, options.explain) if options.explain else plan)
+    if options.json:
+        _write_text(options.json, plan.to_json())
+        say(f"wrote {options.json}")
+    return OK
+
+
+def calibrate(options: argparse.Namespace, say: Callable[[object], None]) -> int:
+    """Run the float model once and print the ranges."""
+    from . import pipeline
+    from .calibration.ranges import range_method
+    from .report.tables import table
+
+    model = _load(options)
+    _check_files(options)
+    _say_notes(model, say)
+    plan = _make_plan(model, options)
+    with _progress_bar(options) as progress:
+        statistics = pipeline.calibrate(
+            model, plan, options.data, samples=options.samples, shapes=dict(options.shapes), progress=progress
+        )
+    if statistics.origin.synthetic:
+        _shout(SYNTHETIC_WARNING)
+    methods = ("mse", "entropy", "percentile:99.99")
+    ranges = {
+        name: {"min": s.minimum, "max": s.maximum, **{method: range_method(method)(s) for method in methods}}
+        for name, s in statistics.tensors.items()
+    }
+    rows = [(name, *(f"{value:.5g}" for value in row.values())) for name, row in ranges.items()]
+    say(f"{len(ranges)} tensors over {count(statistics.origin.samples, 'sample')} of {statistics.origin.data}")
+    say(table(("tensor", "min", "max", *methods), rows))
+    if options.json:
+        _write_json_value(options.json, {"samples": statistics.origin.samples, "ranges": ranges})
+        say(f"wrote {options.json}")
+    return OK
+
+
+def compare(options: argparse.Namespace, say: Callable[[object], None]) -> int:
+    """Measure a Q/DQ model against its float model."""
+    from . import pipeline
+    from .calibration.feeds import SYNTHETIC
+    from .model import load
+    from .tensorrt.runs import compare_engines
+
+    _check_gates(options)
+    _check_files(options)
+    model, quantized = load(options.model), load(options.quantized)
+    with _progress_bar(options) as progress:
+        comparison = pipeline.compare(model, quantized, options.data, shapes=dict(options.shapes), progress=progress)
+    if options.data is None and comparison.data == SYNTHETIC:
+        _shout(SYNTHETIC_COMPARISON)
+    say(comparison)
+    _check_judged(comparison, options)
+    report = None
+    if options.engine:
+        batches = pipeline.evaluation_batches(model, options.data, dict(options.shapes))
+        report = compare_engines(model, quantized.original, batches, comparison.data, None, backend=options.backend)
+        say(report)
+    if options.json:
+        _write_json(options.json, None, comparison)
+        say(f"wrote {options.json}")
+    return _gate(comparison, options, report)
+
+
+def lint(options: argparse.Namespace, say: Callable[[object], None]) -> int:
+    """Find what TensorRT refuses or runs in float, and mend what can be."""
+    from dataclasses import asdict
+
+    from .model import save
+    from .tensorrt.lint import lint as find
+    from .tensorrt.mend import mend
+
+    model = _load(options)
+    _check_files(options, options.fix)
+    report = find(model, options.target)
+    say(report)
+    if options.json:
+        findings = [asdict(finding) for finding in report.findings]
+        _write_json_value(options.json, {"target": report.target, "findings": findings})
+        say(f"wrote {options.json}")
+    if not options.fix:
+        return GATE_FAILED if report.errors else OK
+    output = options.fix
+    mended = mend(model, options.target)
+    for text in mended.done:
+        say(f"mended: {text}")
+    for finding in mended.left:
+        say(f"left: {finding.severity} {finding.code}: {finding}")
+    save(mended.model, output)
+    say(f"wrote {output}")
+    return GATE_FAILED if any(finding.severity == "error" for finding in mended.left) else OK
+
+
+def build(options: argparse.Namespace, say: Callable[[object], None]) -> int:
+    """Build an engine."""
+    from .model import write_atomically
+    from .tensorrt.engine import TENSORRT_RTX
+    from .tensorrt.engine import build as build_engine
+
+    model = _load(options)
+    output = options.output or options.model.with_suffix(".engine")
+    _check_files(options, output, options.timing_cache)
+    engine = build_engine(
+        model,
+        backend=options.backend,
+        shapes=dict(options.shapes),
+        timing_cache=options.timing_cache,
+        tf32=options.tf32,
+    )
+    write_atomically(output, engine.data)
+    if options.timing_cache and engine.backend.name == TENSORRT_RTX:
+        say("note: TensorRT-RTX has no timing cache: --timing-cache was left alone")
+    say(f"{engine.backend}; strongly typed, TF32 {'on' if engine.tf32 else 'off'}")
+    for name, (low, usual, high) in engine.shapes.items():
+        say(f"  {name}: {' / '.join('x'.join(map(str, shape)) for shape in (low, usual, high))}")
+    say(f"{count(len(engine.layers), 'layer')}, {len(engine.data):,} bytes, built in {engine.seconds:.1f} s")
+    say(f"wrote {output}")
+    return OK
+
+
+def audit(options: argparse.Namespace, say: Callable[[object], None]) -> int:
+    """Build an engine and say what it did with every pair."""
+    from dataclasses import asdict
+
+    from .report.html import audit_page
+    from .tensorrt.audit import audit as audit_engine
+
+    model = _load(options)
+    _check_files(options)
+    done = audit_engine(
+        model,
+        backend=options.backend,
+        shapes=dict(options.shapes),
+        tf32=options.tf32,
+        beside_float=not options.no_float,
+    )
+    say(done)
+    if options.json:
+        _write_json_value(options.json, {"engine": str(done.backend), **asdict(done)})
+        say(f"wrote {options.json}")
+    if options.html:
+        _write_text(options.html, audit_page(options.model.name, done))
+        say(f"wrote {options.html}")
+    return OK
+
+
+def _load(options: argparse.Namespace) -> Model:
+    from .model import load
+
+    return load(options.model)
+
+
+def _make_plan(model: Model, options: argparse.Namespace) -> Plan:
+    from . import pipeline
+
+    return pipeline.plan(
+        model,
+        placement=options.placement,
+        include=options.include,
+        exclude=options.exclude,
+        op_types=options.op_types,
+    )
+
+
+def _read_plan(path: Path) -> Plan:
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path} cannot be read: {error}") from None
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from None
+
+
+def _check_files(options: argparse.Namespace, *outputs: Path | None) -> None:
+    """Refuse, before any work, outputs that cannot be written, that overwrite an input, or each other."""
+    named = ("model", "quantized", "data", "plan_file", "calibration_cache", "placement")
+    inputs = [Path(value) for name in named if (value := getattr(options, name, None)) is not None]
+    reports = [getattr(options, name, None) for name in ("json", "html", "write_cache")]
+    seen: list[Path] = []
+    for output in (path for path in (*outputs, *reports) if path is not None):
+        if output.is_dir():
+            raise QdqError(f"{output} is a folder: name a file")
+        if not output.parent.is_dir():
+            raise QdqError(f"the folder {output.parent} does not exist: create it, or name another output")
+        if any(_is_same(output, other) for other in inputs):
+            raise QdqError(f"{output} is the input itself, which is never overwritten: name another output")
+        if any(_is_same(output, other) for other in seen):
+            raise QdqError(f"{output} is named for two outputs: give each its own file")
+        seen.append(output)
+
+
+def _is_same(left: Path, right: Path) -> bool:
+    return os.path.realpath(left) == os.path.realpath(right)
+
+
+def _check_gates(options: argparse.Namespace) -> None:
+    """Refuse, before any work, gates that cannot be judged here."""
+    from .tensorrt.engine import has_gpu
+
+    if options.data is not None and options.shapes:
+        raise QdqError("--shapes is for made-up inputs: leave it out with --data")
+    if options.min_agreement is not None and not 0 <= options.min_agreement <= 1:
+        raise QdqError(f"--min-agreement is a share between 0 and 1, not {options.min_agreement:g}")
+    if options.min_speedup is not None and not options.engine:
+        raise QdqError("--min-speedup goes with --engine")
+    if options.min_speedup is not None and not has_gpu():
+        raise QdqError("--min-speedup: there is no GPU to measure on")
+
+
+def _check_judged(comparison: Comparison, options: argparse.Namespace) -> None:
+    """Refuse, before anything is written, gates that this model's outputs give no figure for."""
+    if options.min_agreement is not None and comparison.agreement is None:
+        raise QdqError("--min-agreement: no output looks like class scores; use --min-sqnr")
+    if options.min_sqnr is not None and not comparison.outputs:
+        raise QdqError("--min-sqnr: the model has no output that is a tensor of numbers")
+
+
+def _gate(comparison: Comparison | None, options: argparse.Namespace, report: EngineReport | None) -> int:
+    if comparison is None:
+        return OK
+    failed = []
+    if options.min_sqnr is not None and not comparison.sqnr >= options.min_sqnr:
+        failed.append(f"SQNR {comparison.sqnr:.1f} dB is below {options.min_sqnr:g} dB")
+    if options.min_agreement is not None and not (comparison.agreement or 0) >= options.min_agreement:
+        failed.append(f"top-1 agreement {comparison.agreement or 0:.3f} is below {options.min_agreement:g}")
+    if options.min_speedup is not None and not ((report and report.speedup) or 0) >= options.min_speedup:
+        failed.append(f"INT8 is {(report and report.speedup) or 0:.2f}x as fast, below {options.min_speedup:g}x")
+    for text in failed:
+        print(f"gate failed: {text}", file=sys.stderr)
+    return GATE_FAILED if failed else OK
+
+
+def _say_notes(model: Model, say: Callable[[object], None]) -> None:
+    for note in (*model.notes, *model.graph.notes):
+        say(f"note: {note}")
+
+
+def _say_dropped(scales: Scales, plan: Plan, say: Callable[[object], None]) -> None:
+    if not scales.dropped:
+        return
+    say(f"{count(len(list(scales.sites(plan))), 'pair')} of {len(plan.sites)} placed:")
+    for edge, reason in scales.dropped.items():
+        say(f"  {edge} stays float: {reason}")
+
+
+def _write_json(path: Path, plan: Plan | None, comparison: Comparison | None) -> None:
+    import json
+    from dataclasses import asdict
+
+    content: dict[str, Any] = json.loads(plan.to_json()) if plan else {}
+    if comparison:
+        content["comparison"] = asdict(comparison)
+    _write_json_value(path, content)
+
+
+def _write_json_value(path: Path, content: Any) -> None:
+    import json
+
+    _write_text(path, json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: an SQNR without noise becomes null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_text(path: Path, text: str) -> None:
+    from .model import write_atomically
+
+    write_atomically(path, text.encode())
+
+
+def _shout(text: str) -> None:
+    from rich.console import Console
+    from rich.panel import Panel
+
+    Console(stderr=True).print(Panel(text, title="WARNING", border_style="bold red"))
+
+
+@contextlib.contextmanager
+def _progress_bar(options: argparse.Namespace) -> Iterator[Progress | None]:
+    """A bar per stage on stderr; none where stderr is not a terminal or --quiet is given."""
+    if options.quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    with Bars(console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int | None) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield show

@@ -17,7 +17,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from .edges import Plan, Site
 from .errors import ModelError, PlanError
-from .model import QDQ_OPS, FreshNames, Graph, Model, bodies
+from .model import QDQ_OPS, FreshNames, Graph, Model, bodies, first_output_of
 from .rules.planner import check_plan
 from .scales import Scales
 
@@ -79,7 +79,7 @@ def _pair(site: Site, scale: NDArray[Any], names: FreshNames, opset: int) -> _Pa
 
 def _rewire(graph: GraphProto, pairs: list[_Pair]) -> None:
     """Let every edge of a site read the pair's output."""
-    nodes = {next(filter(None, node.output), ""): node for node in graph.node}
+    nodes = {first_output_of(node): node for node in graph.node}
     for pair in pairs:
         for edge in pair.site.edges:
             nodes[edge.reader].input[edge.slot] = pair.output

@@ -85,7 +85,7 @@ class Node:
     @staticmethod
     def of(proto: NodeProto) -> Node:
         op = proto.op_type if proto.domain in ("", "ai.onnx") else f"{proto.domain}::{proto.op_type}"
-        first = _first_output(proto)
+        first = first_output_of(proto)
         edges = tuple(Edge((), first, slot, op, proto.name) for slot in range(len(proto.input)))
         captured = tuple(dict.fromkeys(tensor for tensor, _ in _captured_edges(proto, ())))
         return Node(op, proto.name, tuple(proto.input), tuple(proto.output), first, edges, captured, proto)
@@ -499,7 +499,8 @@ def _producers(proto: ModelProto) -> dict[str, Node]:
     return producers
 
 
-def _first_output(node: NodeProto) -> str:
+def first_output_of(node: NodeProto) -> str:
+    """The name by which an edge knows its reader: the node's first output that has a name."""
     return next(filter(None, node.output), "")
 
 
@@ -547,12 +548,12 @@ class FreshNames:
 def _captured_edges(node: NodeProto, scope: tuple[str, ...]) -> Iterator[tuple[str, Edge]]:
     """What the bodies of a control-flow node read from outside, each with the edge that reads it."""
     for name, body in bodies(node):
-        inner = (*scope, f"{_first_output(node)}.{name}")
+        inner = (*scope, f"{first_output_of(node)}.{name}")
         local = {value.name for value in body.input} | {tensor.name for tensor in body.initializer}
         local |= {tensor.values.name for tensor in body.sparse_initializer}
         local |= {output for child in body.node for output in child.output}
         for child in body.node:
-            first = _first_output(child)
+            first = first_output_of(child)
             reads = [
                 (tensor, Edge(inner, first, slot, child.op_type, child.name)) for slot, tensor in enumerate(child.input)
             ]

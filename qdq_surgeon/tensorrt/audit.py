@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from onnx import ModelProto
 
@@ -132,22 +133,66 @@ def audit(
     Raises EngineError where TensorRT is missing or refuses the model.
     """
     source = load(model)
-    engine, graph, named = _built(source.original, backend, shapes, tf32)
-    ops = tuple(_ops(source, engine, graph, named))
-    conversions = tuple(_conversions(engine.layers, named))
-    float_figures = None
-    if beside_float:
-        stripped = strip_pairs(source.original)
-        float_engine, float_graph, float_named = _built(stripped, backend, shapes, tf32)
-        float_figures = _figures(float_engine, float_graph, float_named)
+    stripped = strip_pairs(source.original)
+    built = _built(source.original, backend, shapes, tf32)
+    beside = _built(stripped, backend, shapes, tf32) if beside_float else None
     weighted = sum(node.op_type in WEIGHTED for node in all_nodes(source.original.graph))
     in_bodies = weighted - sum(node.op_type in WEIGHTED for node in source.original.graph.node)
-    return Audit(engine.backend, ops, _figures(engine, graph, named), float_figures, conversions, in_bodies)
+    return Audit(
+        built.engine.backend,
+        tuple(_ops(source, stripped, built)),
+        _figures(built),
+        _figures(beside) if beside else None,
+        built.conversions,
+        in_bodies,
+    )
 
 
-def _built(
-    proto: ModelProto, backend: str | None, shapes: GivenShapes | None, tf32: bool
-) -> tuple[Engine, Graph, Mapping[str, Node]]:
+@dataclass(frozen=True)
+class _Built:
+    """An engine, the graph at the shapes it was built for, and its nodes by the names they had meanwhile."""
+
+    engine: Engine
+    graph: Graph
+    named: Mapping[str, Node]
+
+    @cached_property
+    def kernels(self) -> tuple[Layer, ...]:
+        return tuple(layer for layer in self.engine.layers if layer.is_kernel)
+
+    @cached_property
+    def ops(self) -> tuple[Node, ...]:
+        """The weighted ops."""
+        return tuple(node for node in self.graph.nodes if node.op in WEIGHTED)
+
+    @cached_property
+    def _kernels_by_node(self) -> Mapping[str, list[Layer]]:
+        found: dict[str, list[Layer]] = {}
+        for kernel in self.kernels:
+            for name in kernel.nodes:
+                found.setdefault(name, []).append(kernel)
+        return found
+
+    @cached_property
+    def conversions(self) -> tuple[str, ...]:
+        """Kernels in which nothing but Q, DQ and casts are left, by the tensor that they convert."""
+        found = []
+        for kernel in self.kernels:
+            nodes = [self.named[name] for name in kernel.nodes if name in self.named]
+            if nodes and all(node.op in CONVERTERS for node in nodes):
+                first = min(nodes, key=lambda node: int(node.name[1:]))
+                found.append(f"{first.op} of '{first.inputs[0]}'")
+        return tuple(found)
+
+    def kernels_of(self, node: Node) -> list[Layer]:
+        return self._kernels_by_node.get(node.name, [])
+
+    def is_int8(self, node: Node) -> bool:
+        elements = _weight_elements(node, self.graph)
+        return any(kernel.computes_int8(elements) for kernel in self.kernels_of(node))
+
+
+def _built(proto: ModelProto, backend: str | None, shapes: GivenShapes | None, tf32: bool) -> _Built:
     """The engine of a copy whose nodes have names of ours, so that its layers lead back to them without doubt."""
     copy = ModelProto()
     copy.CopyFrom(proto)
@@ -162,41 +207,37 @@ def _built(
                 dim.dim_value = size
     del copy.graph.value_info[:]
     graph = Graph(copy)
-    return engine, graph, {node.name: node for node in graph.nodes}
+    return _Built(engine, graph, {node.name: node for node in graph.nodes})
 
 
-def _ops(source: Model, engine: Engine, graph: Graph, named: Mapping[str, Node]) -> Iterable[OpAudit]:
+def _ops(source: Model, stripped: ModelProto, built: _Built) -> Iterable[OpAudit]:
     labels = {node.first_output: node.label for node in source.graph.nodes}
     findings = lint(source).findings
-    rules = _kept_rules(source)
-    for node in graph.nodes:
-        if node.op not in WEIGHTED:
-            continue
+    rules = _kept_rules(source, stripped)
+    for node in built.ops:
         label = labels.get(node.first_output, node.label)
-        layers = _layers_of(node, engine.layers)
-        int8 = any(layer.computes_int8(_weight_elements(node, graph)) for layer in layers)
-        planned = any(_reads_pair(name, graph) for name in node.inputs[:2])
+        kernels = tuple(kernel.name for kernel in built.kernels_of(node))
+        int8 = built.is_int8(node)
+        planned = any(_reads_pair(name, built.graph) for name in node.inputs[:2])
         reason = ""
-        if planned and not layers:
+        if planned and not kernels:
             reason = "no kernel of its own: TensorRT merged or removed it"
         elif planned and not int8:
             found = dict.fromkeys(f.code for f in findings if label == f.node or (f.node and f.detail.endswith(label)))
-            reason = ", ".join(found) or NO_INT8_KERNEL.get((engine.backend.name, node.op), UNEXPLAINED)
+            reason = ", ".join(found) or NO_INT8_KERNEL.get((built.engine.backend.name, node.op), UNEXPLAINED)
         elif not planned:
             reason = rules.get(node.first_output, "no rule speaks of it")
-        kernels = tuple(layer.name for layer in layers)
-        yield OpAudit(label, node.first_output, planned, int8, _macs(node, graph), kernels, reason)
+        yield OpAudit(label, node.first_output, planned, int8, _macs(node, built.graph), kernels, reason)
 
 
-def _kept_rules(source: Model) -> dict[str, str]:
+def _kept_rules(source: Model, stripped: ModelProto) -> dict[str, str]:
     """For each op that the placement left in float: the rule, from the plan of the model without its pairs."""
     name = metadata(source.original).get(f"{PREFIX}placement", DEFAULT)
-    stripped = load(strip_pairs(source.original))
     try:
         placement = load_placement(name)
     except PlacementError:  # rules or predicates of the caller's own, which are not here
         placement = load_placement(DEFAULT)
-    plan = make_plan(stripped, placement)
+    plan = make_plan(load(stripped), placement)
     kept = {
         item.edge.reader: f"{item.rule}: {plan.because[item.rule]}"
         for item in reversed(plan.kept)
@@ -206,34 +247,18 @@ def _kept_rules(source: Model) -> dict[str, str]:
     return missed | kept
 
 
-def _figures(engine: Engine, graph: Graph, named: Mapping[str, Node]) -> Figures:
-    kernels = [layer for layer in engine.layers if layer.is_kernel]
-    ops = [node for node in graph.nodes if node.op in WEIGHTED]
-    macs = {node.first_output: _macs(node, graph) for node in ops}
-    int8 = [n for n in ops if any(k.computes_int8(_weight_elements(n, graph)) for k in _layers_of(n, kernels))]
+def _figures(built: _Built) -> Figures:
+    macs = {node.first_output: _macs(node, built.graph) for node in built.ops}
+    int8 = [node for node in built.ops if built.is_int8(node)]
     total = sum(macs.values())
-    unknown = sum(not value for value in macs.values())
     return Figures(
-        kernels=len(kernels),
+        kernels=len(built.kernels),
         int8_ops=len(int8),
         int8_macs=sum(macs[node.first_output] for node in int8) / total if total else None,
-        unknown_macs=unknown,
-        bytes_moved=sum(tensor.nbytes for layer in kernels for tensor in (*layer.inputs, *layer.outputs)),
-        conversions=len(list(_conversions(kernels, named))),
+        unknown_macs=sum(not value for value in macs.values()),
+        bytes_moved=sum(tensor.nbytes for kernel in built.kernels for tensor in (*kernel.inputs, *kernel.outputs)),
+        conversions=len(built.conversions),
     )
-
-
-def _layers_of(node: Node, layers: Iterable[Layer]) -> list[Layer]:
-    return [layer for layer in layers if layer.is_kernel and node.name in layer.nodes]
-
-
-def _conversions(layers: Iterable[Layer], named: Mapping[str, Node]) -> Iterable[str]:
-    """Kernels in which nothing but Q, DQ and casts are left, by the tensor that they convert."""
-    for layer in layers:
-        nodes = [named[name] for name in layer.nodes if name in named]
-        if layer.is_kernel and nodes and all(node.op in CONVERTERS for node in nodes):
-            first = min(nodes, key=lambda node: int(node.name[1:]))
-            yield f"{first.op} of '{first.inputs[0]}'"
 
 
 def _reads_pair(tensor: str, graph: Graph) -> bool:

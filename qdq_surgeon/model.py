@@ -207,14 +207,21 @@ class Graph:
 
     def value(self, tensor: str) -> NDArray[Any]:
         """The value of a constant tensor. Raises ModelError where it cannot be computed."""
-        if tensor not in self._initializers:
+        literal = self._initializers.get(tensor) or self._literal(tensor)
+        if literal is None:
             return self._fold(tensor)
         try:
-            return numpy_helper.to_array(self._initializers[tensor], self._folder)
+            return numpy_helper.to_array(literal, self._folder)
         except Exception as error:
             raise ModelError(
                 f"the values of '{tensor}' cannot be read: load the model with its external data, or give its path"
             ) from error
+
+    def _literal(self, tensor: str) -> TensorProto | None:
+        """The tensor in a Constant node, where it is written as one."""
+        node = self._producers.get(tensor)
+        value = node.attribute("value") if node is not None and node.op == "Constant" else None
+        return value if isinstance(value, TensorProto) else None
 
     def _fold(self, tensor: str) -> NDArray[Any]:
         from onnx.reference import ReferenceEvaluator  # slow to import, and most models never need it

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from ..edges import Edge
 from ..errors import ModelError
@@ -237,10 +237,6 @@ def constant_value(graph: Graph, name: str) -> Values | None:
     """The value of a constant tensor, None where it is none or cannot be computed."""
     if not name or not graph.is_constant(name):
         return None
-    node = graph.producer(name)
-    literal = node.attribute("value") if node is not None and node.op == "Constant" else None
-    if isinstance(literal, TensorProto):
-        return numpy_helper.to_array(literal)
     try:
         return graph.value(name)
     except ModelError:

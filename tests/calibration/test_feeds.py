@@ -1,35 +1,43 @@
 """Data from every kind of source become the same checked batches; what does not fit is refused in one sentence."""
 
+import base64
 import gc
+import io
 import itertools
+import json
 import logging
+import textwrap
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 
 from qdq_surgeon.calibration.feeds import default_data, read_data
 from qdq_surgeon.calibration.split import Split
 from qdq_surgeon.errors import DataError
 from qdq_surgeon.model import load
+from tests.calibration.feeding import (
+    BATCH_OF_1,
+    BATCH_OF_4,
+    IDS,
+    IDS_AND_MASK,
+    IMAGES,
+    OPEN,
+    UNKNOWN_RANK,
+    batches,
+    fed,
+    opened,
+    rows,
+    sizes,
+)
 from tests.graphs import model
 
-OPEN = "g (float[N,3] x) => (y) { y = Relu(x) }"
-BATCH_OF_1 = "g (float[1,3] x) => (y) { y = Relu(x) }"
-BATCH_OF_4 = "g (float[4,3] x) => (y) { y = Relu(x) }"
-UNKNOWN_RANK = "g (float[] x) => (y) { y = Relu(x) }"
-IDS = "g (int64[N,5] ids) => (y) { y = Cast<to=1>(ids) }"
-IDS_AND_MASK = "g (int64[N,5] ids, float[N,5] mask) => (y) { f = Cast<to=1>(ids)\n y = Mul(f, mask) }"
 WITH_TABLE = "g (float[N,8] x, float[8,2] table) => (y) { y = MatMul(x, table) }"
 FRAME_AND_STATE = "g (float[2,1,64] s, float[1,16,8,8] x) => (y, t) { y = Relu(x)\n t = Relu(s) }"
-IMAGES = "g (float[N,16,8,8] x) => (y) { y = Relu(x) }"
-BF16 = "g (bfloat16[N,3] x) => (y) { y = Relu(x) }"
 HALF = "g (float16[N,3] x) => (y) { y = Relu(x) }"
-
-
-def rows(count, width=3):
-    return np.random.default_rng(count).standard_normal((count, width)).astype(np.float32)
 
 
 # ---- where data come from ----------------------------------------------------------------------------------
@@ -66,6 +74,36 @@ def folder_of_files(folder, x):
     return folder
 
 
+def folder_of_single_samples(folder, x):
+    for index, row in enumerate(x):
+        np.save(folder / f"{index:03}.npy", row)
+    return folder
+
+
+def polygraphy_json(folder, x):
+    encoded = [{"x": encode(part)} for part in (x[:12], x[12:])]
+    (folder / "inputs.json").write_text(json.dumps(encoded))
+    return folder / "inputs.json"
+
+
+def folder_of_polygraphy_json(folder, x):
+    for index, row in enumerate(x):
+        (folder / f"{index:010}.json").write_text(json.dumps({"x": encode(row[None])}))
+    return folder
+
+
+def script(folder, x):
+    np.save(folder / "rows.npy", x)
+    text = f"""
+        import numpy as np
+        def load_data():
+            for row in np.load({str(folder / "rows.npy")!r}):
+                yield {{"x": row[None]}}
+        """
+    (folder / "loader.py").write_text(textwrap.dedent(text))
+    return folder / "loader.py"
+
+
 def folder_of_test_sets(folder, x):
     return saved_test_sets(folder, [{"x": x[:12]}, {"x": x[12:]}])
 
@@ -84,6 +122,45 @@ def list_of_dicts(folder, x):
 
 def generator(folder, x):
     return ({"x": x[i : i + 1]} for i in range(len(x)))
+
+
+def arrays_one_by_one(folder, x):
+    return (row[None] for row in x)
+
+
+def arrays_with_labels(folder, x):
+    return [(x[:15], np.arange(15)), (x[15:], np.arange(5))]
+
+
+def samples_without_batch_axis(folder, x):
+    return ({"x": row} for row in x)
+
+
+def map_style_dataset(folder, x):
+    class Rows:
+        """As a torch Dataset: no __iter__, and no IndexError at the end."""
+
+        def __len__(self):
+            return len(x)
+
+        def __getitem__(self, index):
+            return x[index % len(x)], index
+
+    return Rows()
+
+
+def mapped_npy(folder, x):
+    return np.load(npy(folder, x), mmap_mode="r")
+
+
+def big_endian(folder, x):
+    return x.astype(">f4")
+
+
+def read_only(folder, x):
+    x = x.copy()
+    x.flags.writeable = False
+    return x
 
 
 def bare_array(folder, x):
@@ -114,15 +191,34 @@ def mapping_of_objects(folder, x):
 
 
 SOURCES = [
-    npz, npz_as_text_path, npz_compressed, npz_without_names, npy, folder_of_files, folder_of_test_sets, mapping,
-    mapping_of_lists, list_of_dicts, generator, bare_array, object_with_array, object_with_dlpack, mapping_of_objects,
+    npz, npz_as_text_path, npz_compressed, npz_without_names, npy, mapped_npy, folder_of_files,
+    folder_of_single_samples, folder_of_test_sets, polygraphy_json, folder_of_polygraphy_json, script,
+    mapping, mapping_of_lists, list_of_dicts, generator, arrays_one_by_one, arrays_with_labels,
+    samples_without_batch_axis, map_style_dataset, bare_array, big_endian, read_only, object_with_array,
+    object_with_dlpack, mapping_of_objects,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_source_gives_the_same_samples(source, tmp_path):
     x = rows(20)
-    np.testing.assert_array_equal(fed(OPEN, source(tmp_path, x), "x"), x)
+    given = fed(OPEN, source(tmp_path, x), "x")
+    assert given.dtype == np.dtype("float32")
+    np.testing.assert_array_equal(given, x)
+
+
+@pytest.mark.parametrize("source", [npz, npz_compressed, npy, mapped_npy, mapping, bare_array, big_endian])
+@hypothesis.given(
+    count=st.integers(1, 70), batch=st.sampled_from(["N", 1, 2]), dtype=st.sampled_from(["f4", "f8", "u1", ">f4"])
+)
+@hypothesis.settings(max_examples=15, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+def test_the_same_array_is_cut_into_the_same_batches_wherever_it_lies(source, tmp_path, count, batch, dtype):
+    text = OPEN.replace("N", str(batch))
+    x = np.abs(10 * rows(2 * count)).astype(np.uint8).astype(dtype)
+    want, given = ([b.feed["x"] for b in batches(text, data)] for data in ({"x": x}, source(tmp_path, x)))
+    assert [array.dtype for array in given] == [np.dtype("float32")] * len(want)
+    for one, other in zip(given, want, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_test_sets_are_matched_by_the_names_in_the_files(tmp_path):
@@ -138,6 +234,12 @@ def test_test_sets_with_other_names_are_matched_by_position(tmp_path):
     np.testing.assert_array_equal(fed(IDS_AND_MASK, folder, "mask"), mask)
 
 
+def test_a_test_set_may_be_given_by_itself(tmp_path):
+    x = rows(2)
+    folder = saved_test_sets(tmp_path, [{"x": x}, {"x": -x}]) / "test_data_set_1"
+    np.testing.assert_array_equal(fed(OPEN, folder, "x"), -x)
+
+
 def test_test_sets_beside_the_model_are_used_when_nothing_is_given(tmp_path):
     x = rows(3)
     onnx.save(model(OPEN), tmp_path / "model.onnx")
@@ -150,6 +252,75 @@ def test_test_sets_beside_the_model_are_used_when_nothing_is_given(tmp_path):
 def test_arrays_that_are_no_inputs_are_left_out():
     (batch,) = batches(OPEN, {"x": rows(4), "labels": np.arange(4)})
     assert list(batch.feed) == ["x"]
+
+
+# ---- folders of files --------------------------------------------------------------------------------------
+
+
+def test_a_folder_announces_the_samples_of_all_its_files(tmp_path):
+    feeds = opened(OPEN, folder_of_files(tmp_path, rows(20)))
+    assert feeds.total == sum(batch.samples for batch in feeds.batches) == 20
+
+
+def test_a_folder_is_read_one_file_after_another(tmp_path):
+    folder_of_files(tmp_path, rows(20))
+    given = opened(OPEN, tmp_path).batches
+    (tmp_path / "b.npz").write_bytes(b"PK, but not for long")
+    assert next(given).samples == 6
+    with pytest.raises(DataError, match=r"b\.npz"):
+        next(given)
+
+
+def test_a_folder_of_very_many_files_opens_none_before_its_turn(tmp_path, monkeypatch):
+    monkeypatch.setattr("qdq_surgeon.calibration.feeds.HEADERS_READ_AT_ONCE", 1)
+    np.save(tmp_path / "a.npy", rows(6))
+    (tmp_path / "b.npy").write_bytes(b"broken")
+    feeds = opened(OPEN, tmp_path)
+    assert feeds.total is None
+    assert next(feeds.batches).samples == 6
+    with pytest.raises(DataError, match=r"b\.npy"):
+        next(feeds.batches)
+
+
+def test_a_file_that_does_not_fit_is_found_before_any_batch_is_read(tmp_path):
+    np.save(tmp_path / "a.npy", rows(6))
+    np.save(tmp_path / "b.npy", rows(6, 4))
+    with pytest.raises(DataError, match=r"b\.npy: 'x' has shape \[6, 4\], but the model wants \[N, 3\]"):
+        opened(OPEN, tmp_path)
+
+
+def test_hidden_files_of_a_folder_are_skipped(tmp_path):
+    np.save(tmp_path / "a.npy", rows(6))
+    (tmp_path / "._a.npy").write_bytes(b"what macOS leaves in archives")
+    assert sizes(OPEN, tmp_path) == [6]
+
+
+def test_text_beside_arrays_is_no_data(tmp_path):
+    np.save(tmp_path / "a.npy", rows(6))
+    (tmp_path / "classes.json").write_text('["cat", "dog"]')
+    assert sizes(OPEN, tmp_path) == [6]
+
+
+def test_a_folder_may_hold_one_number_per_file(tmp_path):
+    for value in (5, 6):
+        np.save(tmp_path / f"{value}.npy", np.float32(value))
+    assert fed("g (float[N] x) => (y) { y = Relu(x) }", tmp_path, "x").tolist() == [5, 6]
+
+
+def test_a_file_with_one_sample_needs_its_batch_axis_outside_of_a_folder(tmp_path):
+    np.save(tmp_path / "a.npy", rows(1)[0])
+    with pytest.raises(DataError, match=r"has shape \[3\], but the model wants \[N, 3\]"):
+        batches(OPEN, tmp_path / "a.npy")
+
+
+def test_one_table_per_file_serves_all_batches_of_that_file(tmp_path):
+    x, tables = rows(18, 8), rows(16, 2).reshape(2, 8, 2)
+    for index in (0, 1):
+        np.savez(tmp_path / f"{index}.npz", x=x[9 * index :][:9], table=tables[index])
+    given = batches(WITH_TABLE, tmp_path)
+    assert [batch.samples for batch in given] == [8, 1, 8, 1]
+    for batch, table in zip(given, tables[[0, 0, 1, 1]], strict=True):
+        np.testing.assert_array_equal(batch.feed["table"], table)
 
 
 # ---- how data are cut --------------------------------------------------------------------------------------
@@ -337,7 +508,7 @@ def broken_at(index, value):
         (IDS_AND_MASK, {"ids": np.ones((20, 5), int), "mask": rows(40, 5)}, "different numbers of samples.*20.*40"),
         (IDS_AND_MASK, {"ids": np.ones((20, 5), int), "mask": rows(24, 5)}, "different numbers of samples.*20.*24"),
         (IDS_AND_MASK, rows(4, 5), "one array, but the model has 2 inputs .ids, mask."),
-        (OPEN, [rows(4)], "one mapping of input names to arrays"),
+        (OPEN, [7], "batch 0 is a int.*one mapping of input names to arrays"),
         (OPEN, 7, "a path, a mapping of arrays or an iterable of mappings"),
         (OPEN, "nowhere.npz", "nowhere.npz: no such data file"),
     ],
@@ -508,31 +679,6 @@ def test_an_endless_stream_is_read_only_as_far_as_needed():
     assert next(taken) < 1000
 
 
-def test_the_digest_speaks_of_what_was_used():
-    x = rows(32)
-    digests = {
-        name: dealt(BATCH_OF_1, {"x": values}, limit)[0].digest
-        for name, values, limit in (("all", x, None), ("again", x.copy(), None), ("ten", x, 10), ("first", x[:10], 10))
-    }
-    changed = x.copy()
-    changed[0, 0] += 1
-    assert digests["all"] == digests["again"]
-    assert digests["ten"] == digests["first"]
-    assert len({digests["all"], digests["ten"], dealt(BATCH_OF_1, {"x": changed})[0].digest}) == 3
-
-
-def test_the_digest_speaks_of_types_and_shapes():
-    zeros = np.zeros((2, 3), np.float32)
-    texts = {OPEN: zeros, HALF: np.zeros((4, 3)), UNKNOWN_RANK: zeros.T}
-    assert len({dealt(text, [{"x": x}])[0].digest for text, x in texts.items()}) == 3
-
-
-def test_bf16_data_have_a_digest():
-    x = rows(4).astype(helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16))
-    first, second = (dealt(BF16, {"x": values})[0].digest for values in (x, -x))
-    assert first != second
-
-
 def test_a_buffer_that_is_filled_anew_for_every_batch_gives_every_batch_to_the_comparison():
     x = rows(16)
 
@@ -621,21 +767,8 @@ def test_shapes_of_an_unknown_input_are_refused_with_the_nearest_name():
 # ---- helpers -----------------------------------------------------------------------------------------------
 
 
-def batches(text, data):
-    return list(read_data(data, load(model(text))).batches)
-
-
-def sizes(text, data):
-    return [batch.samples for batch in batches(text, data)]
-
-
 def shapes(text, data):
     return [batch.feed["x"].shape for batch in batches(text, data)]
-
-
-def fed(text, data, name):
-    """All that one input is fed, joined along axis 0."""
-    return np.concatenate([batch.feed[name] for batch in batches(text, data)])
 
 
 def dealt(text, data, limit=None, hold_out=True):
@@ -659,3 +792,10 @@ def saved_test_sets(folder, feeds):
         for slot, (name, array) in enumerate(feed.items()):
             onnx.save_tensor(numpy_helper.from_array(array, name), one / f"input_{slot}.pb")
     return folder
+
+
+def encode(array):
+    """As Polygraphy writes it."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return {"array": base64.b64encode(file.getvalue()).decode(), "polygraphy_class": "ndarray"}

@@ -1,0 +1,87 @@
+"""Data that a Python script makes, by Polygraphy's convention: its `load_data()` yields one mapping per batch."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import runpy
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError, nearest
+
+DEFAULT_FUNCTION = "load_data"
+_SCRIPT = re.compile(r"(?P<path>.+\.py)(:(?P<function>\w+))?", re.DOTALL)
+_END = object()
+
+
+def is_script(path: str | Path) -> bool:
+    """True for 'loader.py' and 'loader.py:function'."""
+    return _SCRIPT.fullmatch(str(path)) is not None
+
+
+def script_data(script: str | Path) -> Iterable[Mapping[str, Any]]:
+    """The batches that a script makes: `load_data()`, or `my_func()` where 'loader.py:my_func' is given.
+
+    The script runs when the first batch is asked for, and makes each when its turn comes; it may import the modules
+    beside it. Raises DataError, at once where there is no such file, and while reading for whatever goes wrong in the
+    script, with its line.
+    """
+    match = _SCRIPT.fullmatch(str(script))
+    if not match:
+        raise DataError(f"{script} is no Python script: give a path that ends in .py, or in .py:function")
+    path = Path(match["path"])
+    if not path.is_file():
+        raise DataError(f"{path}: no such script")
+    return _items(path, match["function"] or DEFAULT_FUNCTION)
+
+
+def _items(path: Path, name: str) -> Iterator[Any]:
+    with _running(path):
+        items = iter(_loaded(path, name))
+    while True:
+        with _running(path):
+            item = next(items, _END)
+        if item is _END:
+            return
+        yield item
+
+
+def _loaded(path: Path, name: str) -> Iterable[Any]:
+    defined = runpy.run_path(str(path), run_name=path.stem)
+    if not callable(defined.get(name)):
+        functions = [key for key, value in defined.items() if callable(value)]
+        raise DataError(f"{path} has no function '{name}'.{nearest(name, functions)} Write one that yields the batches")
+    items = defined[name]()
+    if isinstance(items, (Mapping, str)) or not isinstance(items, Iterable):
+        kind = type(items).__name__
+        raise DataError(f"{path}: {name}() returns a {kind}: yield one mapping of input names to arrays per batch")
+    return items
+
+
+@contextlib.contextmanager
+def _running(path: Path) -> Iterator[None]:
+    """The script's own code runs inside: modules beside it can be imported, and its errors are told with their line."""
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    except DataError:
+        raise
+    except (Exception, SystemExit) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(f"{path}{_line(error, path)}: {reason}") from error
+    finally:
+        with contextlib.suppress(ValueError):  # the script may have taken it out
+            sys.path.remove(folder)
+
+
+def _line(error: BaseException, path: Path) -> str:
+    """', line 3': the last one of the script on the way to the error."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        lines.append(error.lineno)
+    return f", line {lines[-1]}" if lines else ""

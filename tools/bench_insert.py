@@ -99,7 +99,7 @@ def seconds(proto: ModelProto) -> dict[str, float]:
     plan = qdq_surgeon.plan(model)
     planned = time.perf_counter()
     tensors = dict.fromkeys(tensors_to_calibrate(plan), statistic.result())
-    statistics = qdq_surgeon.Statistics(tensors, digest, Origin("none", "", 0))
+    statistics = qdq_surgeon.Statistics(tensors, digest, Origin(("none",), "", 0))
     scales = qdq_surgeon.choose(model, plan, statistics, "max")
     chosen = time.perf_counter()
     qdq_surgeon.insert(model, plan, scales)

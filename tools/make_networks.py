@@ -1,14 +1,14 @@
 """Write ResNet-50, MobileNetV2 and a 6-layer transformer encoder as ONNX, exported by PyTorch with random weights.
 
-    python tools/make_networks.py FOLDER      (needs torch and onnxscript)
+    python tools/make_networks.py FOLDER [--dynamic-batch]      (needs torch and onnxscript)
 
 The architectures are those of He et al. 2015, Sandler et al. 2018 and Vaswani et al. 2017 (width 512, 8 heads,
-pre-norm, 128 tokens of 512 numbers). Seeded. They serve to look at engines, not at accuracy.
+pre-norm, 128 tokens of 512 numbers). Seeded. They serve to look at engines and at speed, not at accuracy.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import onnx
@@ -85,18 +85,24 @@ def encoder() -> nn.Module:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the three models go")
+    parser.add_argument("--dynamic-batch", action="store_true", help="take any number of samples, not one at a time")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    batch, dynamic = (2, ({0: torch.export.Dim("batch")},)) if options.dynamic_batch else (1, None)
     for name, build, shape in (
-        ("resnet50", resnet50, (1, 3, 224, 224)),
-        ("mobilenet_v2", mobilenet_v2, (1, 3, 224, 224)),
-        ("encoder", encoder, (1, 128, 512)),
+        ("resnet50", resnet50, (3, 224, 224)),
+        ("mobilenet_v2", mobilenet_v2, (3, 224, 224)),
+        ("encoder", encoder, (128, 512)),
     ):
         torch.manual_seed(0)
-        model = build().eval()
-        program = torch.onnx.export(model, (torch.randn(shape),), input_names=["x"], output_names=["y"], dynamo=True)
-        onnx.save(program.model_proto, folder / f"{name}.onnx")
-        print(folder / f"{name}.onnx")
+        model, sample = build().eval(), torch.randn((batch, *shape))
+        program = torch.onnx.export(
+            model, (sample,), input_names=["x"], output_names=["y"], dynamic_shapes=dynamic, dynamo=True
+        )
+        onnx.save(program.model_proto, options.folder / f"{name}.onnx")
+        print(options.folder / f"{name}.onnx")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .calibration.preprocessing import Preprocessing as Preprocessing
     from .calibration.statistics import Statistic as Statistic
     from .calibration.statistics import Statistics as Statistics
     from .comparison import Comparison as Comparison
@@ -55,6 +56,7 @@ _HOME = {
     "Plan": "edges",
     "Site": "edges",
     "Scales": "scales",
+    "Preprocessing": "calibration.preprocessing",
     "Statistic": "calibration.statistics",
     "Statistics": "calibration.statistics",
     "DataError": "errors",

@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, options, text, examples in (
         ("insert", _insert_options, "insert Q/DQ pairs: the same as qdq-insert", _INSERT_EXAMPLES),
         ("plan", _plan_options, "say where pairs would go, and why; needs no data", _PLAN_EXAMPLES),
-        ("calibrate", _calibrate_options, "run the float model once, print ranges", _CALIBRATE_EXAMPLES),
+        ("calibrate", _calibrate_options, "run the float model once, keep its statistics", _CALIBRATE_EXAMPLES),
+        ("merge", _merge_options, "put the statistics of several runs together", _MERGE_EXAMPLES),
         ("compare", _compare_options, "measure a Q/DQ model against its float model", _COMPARE_EXAMPLES),
         ("lint", _lint_options, "find what TensorRT refuses or runs in float in any Q/DQ model", _LINT_EXAMPLES),
         ("build", _build_options, "build a TensorRT engine, strongly typed", _BUILD_EXAMPLES),
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             help=text,
             description=f"{text[0].upper()}{text[1:]}.",
             examples=examples,
-            usage="%(prog)s MODEL [options]" if name != "compare" else "%(prog)s MODEL QUANTIZED [options]",
+            usage=f"%(prog)s {_POSITIONALS.get(name, 'MODEL')} [options]",
         )
         options(command)
         command.set_defaults(run=getattr(commands, name), parser=command)
@@ -63,12 +64,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _run(chosen.parser, chosen, chosen.run)
 
 
+_POSITIONALS = {"compare": "MODEL QUANTIZED", "merge": "STATS [STATS ...]"}
+
 _INSERT_EXAMPLES = "qdq-surgeon insert model.onnx --data calibration.npz\nqdq-surgeon insert model.onnx --plan"
 _PLAN_EXAMPLES = "qdq-surgeon plan model.onnx --explain conv1\nqdq-surgeon plan model.onnx --json plan.json"
 _CALIBRATE_EXAMPLES = (
     "qdq-surgeon calibrate model.onnx --data calibration.npz\n"
-    "qdq-surgeon calibrate model.onnx --data images/ --samples 64 --json ranges.json"
+    "qdq-surgeon calibrate model.onnx --data images/ --preprocess images.toml -o stats.npz --resume\n"
+    "qdq-surgeon calibrate model.onnx --data arrays/ --shard 2/8 -o part2.npz"
 )
+_MERGE_EXAMPLES = "qdq-surgeon merge part1.npz part2.npz -o stats.npz\nqdq-insert model.onnx --stats stats.npz"
 _COMPARE_EXAMPLES = (
     "qdq-surgeon compare model.onnx model.qdq.onnx --data eval.npz\n"
     "qdq-surgeon compare model.onnx model.qdq.onnx --data eval.npz --min-agreement 0.98"
@@ -108,7 +113,9 @@ def _insert_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="where to write (default: MODEL.qdq.onnx)")
     _data_options(parser)
     _placement_options(parser)
+    _run_options(parser)
     parser.add_argument("--method", default="mse", help="range method: mse (default), max, entropy, percentile:P")
+    parser.add_argument("--stats", type=Path, metavar="FILE", help="take the statistics of `qdq-surgeon calibrate -o`")
     parser.add_argument("--calibration-cache", type=Path, metavar="FILE", help="take scales from a TensorRT .cache")
     parser.add_argument("--write-cache", type=Path, metavar="FILE", help="write the scales as a TensorRT .cache too")
     parser.add_argument("--float16", action="store_true", help="put the un-quantized rest and the scales into FP16")
@@ -135,9 +142,20 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
 
 def _calibrate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="the float ONNX model")
+    parser.add_argument("-o", "--output", type=Path, metavar="STATS", help="write the statistics (.npz)")
     _data_options(parser)
+    _run_options(parser)
+    parser.add_argument("--shard", type=_part, metavar="I/N", help="take the I-th of N parts of the data")
+    parser.add_argument("--resume", action="store_true", help="with -o: go on from where a run was interrupted")
+    parser.add_argument("--ranges-only", action="store_true", help="no histograms: faster, for --method max alone")
     _placement_options(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the ranges as JSON")
+    _manner_options(parser)
+
+
+def _merge_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("stats", type=Path, nargs="+", metavar="STATS", help="files of `qdq-surgeon calibrate -o`")
+    parser.add_argument("-o", "--output", type=Path, metavar="OUT", required=True, help="where to write all of them")
     _manner_options(parser)
 
 
@@ -192,7 +210,16 @@ def _engine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _data_options(parser: argparse.ArgumentParser, samples: bool = True) -> None:
-    parser.add_argument("--data", type=Path, metavar="PATH", help="an .npz, an .npy, or a folder of them")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="PATH",
+        help="an .npz, .npy, Polygraphy .json or .py, or a folder: of arrays, test_data_set_*, images",
+    )
+    parser.add_argument(
+        "--data-loader-script", metavar="FILE[:NAME]", help="a Python file with load_data(), as Polygraphy has it"
+    )
+    parser.add_argument("--preprocess", type=Path, metavar="TOML", help="how images become inputs (see the README)")
     if samples:
         parser.add_argument("--samples", type=_positive, metavar="N", help="calibrate with at most N samples")
     parser.add_argument(
@@ -204,6 +231,11 @@ def _data_options(parser: argparse.ArgumentParser, samples: bool = True) -> None
         metavar="NAME:1x3x8x8",
         help="sizes for synthetic inputs",
     )
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--provider", default="cpu", help="where onnxruntime calibrates: cpu (default), cuda, tensorrt")
+    parser.add_argument("--memory", type=_bytes, metavar="SIZE", help="how much memory to take at most, such as 2G")
 
 
 def _placement_options(parser: argparse.ArgumentParser) -> None:
@@ -260,8 +292,8 @@ def _run(
     except OSError as error:
         print(f"{parser.prog}: error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted, nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"{parser.prog}: interrupted, {str(interrupt) or 'nothing was written'}", file=sys.stderr)
         return INTERRUPTED
     finally:
         log.removeHandler(handler)
@@ -279,6 +311,25 @@ def _positive(text: str) -> int:
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _bytes(text: str) -> int:
+    """'512M' -> 536870912."""
+    number, unit = text[:-1], text[-1:].upper()
+    if unit not in _UNITS or not number.replace(".", "", 1).isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}: write a number with M or G, such as 512M")
+    return int(float(number) * _UNITS[unit])
+
+
+_UNITS = {"M": 1 << 20, "G": 1 << 30}
+
+
+def _part(text: str) -> tuple[int, int]:
+    """'2/8' -> (2, 8)."""
+    part, _, parts = text.partition("/")
+    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r}: write I/N with I from 1 to N, such as 2/8")
+    return int(part), int(parts)
 
 
 def _shape(text: str) -> tuple[str, tuple[int, ...]]:

@@ -18,7 +18,9 @@ from .edges import Plan, count
 from .errors import PlanError, QdqError
 
 if TYPE_CHECKING:
-    from .calibration.taps import Progress
+    from .calibration.feeds import Data
+    from .calibration.images import Preprocessing
+    from .calibration.sessions import Progress
     from .comparison import Comparison
     from .model import Model
     from .scales import Scales
@@ -41,6 +43,7 @@ def insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     """Insert pairs: the whole line, with everything that the user asked for around it."""
     from . import pipeline
     from .calibration.feeds import SYNTHETIC
+    from .calibration.statistics import Statistics
     from .model import save
     from .tensorrt.cache import write_cache
     from .tensorrt.runs import compare_engines, shapes_of
@@ -57,20 +60,28 @@ def insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     say(f"{options.model}: {next(the_plan.lines())}")
     if not the_plan.sites:
         say("nothing to quantize: the float model is written as it is (--plan says why)")
+    statistics = Statistics.load(options.stats) if options.stats else None
+    compares = not options.no_compare and (statistics is None or _is_data_given(options))
     with _progress_bar(options) as progress:
         result = pipeline.apply(
             model,
             the_plan,
-            options.data,
+            _data(options),
             method=options.method,
             samples=options.samples,
             shapes=dict(options.shapes),
+            preprocessing=_preprocessing(options),
+            statistics=statistics,
             calibration_cache=options.calibration_cache,
+            provider=options.provider,
+            memory=options.memory,
             float16=options.float16,
             float16_io=options.float16_io,
-            compare=not options.no_compare,
+            compare=compares,
             progress=progress,
         )
+    if not compares and not options.no_compare:
+        say("no comparison: --stats does not run the model (give --data to compare)")
     origin = result.scales.origin
     if origin.synthetic and any(not site.weight for site in the_plan.sites):
         _shout(SYNTHETIC_WARNING)
@@ -113,8 +124,13 @@ def _check_insert(options: argparse.Namespace) -> None:
         raise QdqError("--explain goes with --plan")
     if options.plan_file and (filters or options.placement != "tensorrt"):
         raise QdqError("--plan-file holds the decisions: give placement and filters to the --plan that made it")
-    if options.no_compare and (options.engine or any(gate is not None for gate in gates)):
+    if options.stats and options.calibration_cache:
+        raise QdqError("--stats and --calibration-cache both give ranges: leave one out")
+    wants_comparison = options.engine or any(gate is not None for gate in gates)
+    if options.no_compare and wants_comparison:
         raise QdqError("--engine, --min-sqnr and --min-agreement need the comparison: leave --no-compare out")
+    if options.stats and wants_comparison and not _is_data_given(options):
+        raise QdqError("--engine, --min-sqnr and --min-agreement need data to compare on: give --data beside --stats")
     if options.float16_io and not options.float16:
         raise QdqError("--float16-io goes with --float16")
     check_target(options.trtexec or "")
@@ -137,22 +153,37 @@ def plan(options: argparse.Namespace, say: Callable[[object], None]) -> int:
 
 
 def calibrate(options: argparse.Namespace, say: Callable[[object], None]) -> int:
-    """Run the float model once and print the ranges."""
+    """Run the float model once; print the ranges, and write the statistics."""
     from . import pipeline
     from .calibration.ranges import range_method
     from .report.tables import table
 
+    if options.resume and not options.output:
+        raise QdqError("--resume goes with -o: the interrupted run left its checkpoint beside that file")
+    _check_data(options)
     model = _load(options)
-    _check_files(options)
+    _check_files(options, options.output)
     _say_notes(model, say)
     plan = _make_plan(model, options)
-    with _progress_bar(options) as progress:
+    with _progress_bar(options) as progress, _resumable(options):
         statistics = pipeline.calibrate(
-            model, plan, options.data, samples=options.samples, shapes=dict(options.shapes), progress=progress
+            model,
+            plan,
+            _data(options),
+            samples=options.samples,
+            shapes=dict(options.shapes),
+            preprocessing=_preprocessing(options),
+            method="max" if options.ranges_only else None,
+            shard=options.shard,
+            provider=options.provider,
+            memory=options.memory,
+            checkpoint=options.output.with_name(f"{options.output.name}.partial") if options.output else None,
+            resume=options.resume,
+            progress=progress,
         )
     if statistics.origin.synthetic:
         _shout(SYNTHETIC_WARNING)
-    methods = ("mse", "entropy", "percentile:99.99")
+    methods = ("mse", "entropy", "percentile:99.99") if not options.ranges_only else ()
     ranges = {
         name: {"min": s.minimum, "max": s.maximum, **{method: range_method(method)(s) for method in methods}}
         for name, s in statistics.tensors.items()
@@ -160,9 +191,33 @@ def calibrate(options: argparse.Namespace, say: Callable[[object], None]) -> int
     rows = [(name, *(f"{value:.5g}" for value in row.values())) for name, row in ranges.items()]
     say(f"{len(ranges)} tensors over {count(statistics.origin.samples, 'sample')} of {statistics.origin.data}")
     say(table(("tensor", "min", "max", *methods), rows))
+    if options.output:
+        statistics.save(options.output)
+        say(f"wrote {options.output}")
     if options.json:
         _write_json_value(options.json, {"samples": statistics.origin.samples, "ranges": ranges})
         say(f"wrote {options.json}")
+    return OK
+
+
+@contextlib.contextmanager
+def _resumable(options: argparse.Namespace) -> Iterator[None]:
+    """Say with an interruption that the run can be resumed."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("go on with --resume" if options.output else "") from None
+
+
+def merge(options: argparse.Namespace, say: Callable[[object], None]) -> int:
+    """Put the statistics of several runs together."""
+    from .calibration.statistics import Statistics, merged
+
+    _check_files(options, options.output)
+    together = merged([Statistics.load(path) for path in options.stats])
+    together.save(options.output)
+    say(f"{len(together.tensors)} tensors over {count(together.origin.samples, 'sample')} of {together.origin.data}")
+    say(f"wrote {options.output}")
     return OK
 
 
@@ -177,14 +232,21 @@ def compare(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     _check_files(options)
     model, quantized = load(options.model), load(options.quantized)
     with _progress_bar(options) as progress:
-        comparison = pipeline.compare(model, quantized, options.data, shapes=dict(options.shapes), progress=progress)
-    if options.data is None and comparison.data == SYNTHETIC:
+        comparison = pipeline.compare(
+            model,
+            quantized,
+            _data(options),
+            shapes=dict(options.shapes),
+            preprocessing=_preprocessing(options),
+            progress=progress,
+        )
+    if not _is_data_given(options) and comparison.data == SYNTHETIC:
         _shout(SYNTHETIC_COMPARISON)
     say(comparison)
     _check_judged(comparison, options)
     report = None
     if options.engine:
-        batches = pipeline.evaluation_batches(model, options.data, dict(options.shapes))
+        batches = pipeline.evaluation_batches(model, _data(options), dict(options.shapes), _preprocessing(options))
         report = compare_engines(model, quantized.original, batches, comparison.data, None, backend=options.backend)
         say(report)
     if options.json:
@@ -275,6 +337,32 @@ def audit(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     return OK
 
 
+def _is_data_given(options: argparse.Namespace) -> bool:
+    return options.data is not None or options.data_loader_script is not None
+
+
+def _data(options: argparse.Namespace) -> Data | None:
+    """What --data or --data-loader-script names."""
+    data: Path | str | None = options.data if options.data is not None else options.data_loader_script
+    return data
+
+
+def _preprocessing(options: argparse.Namespace) -> Preprocessing | None:
+    from .calibration.images import Preprocessing
+
+    return Preprocessing.from_toml(options.preprocess) if options.preprocess else None
+
+
+def _check_data(options: argparse.Namespace) -> None:
+    """Refuse, before any work, data options that do not go together."""
+    if options.data is not None and options.data_loader_script is not None:
+        raise QdqError("--data and --data-loader-script both give data: leave one out")
+    if _is_data_given(options) and options.shapes:
+        raise QdqError("--shapes is for made-up inputs: leave it out with --data")
+    if options.preprocess is not None and options.data is None:
+        raise QdqError("--preprocess goes with --data and a folder of images")
+
+
 def _load(options: argparse.Namespace) -> Model:
     from .model import load
 
@@ -304,8 +392,10 @@ def _read_plan(path: Path) -> Plan:
 
 def _check_files(options: argparse.Namespace, *outputs: Path | None) -> None:
     """Refuse, before any work, outputs that cannot be written, that overwrite an input, or each other."""
-    named = ("model", "quantized", "data", "plan_file", "calibration_cache", "placement")
+    named = ("model", "quantized", "data", "plan_file", "calibration_cache", "placement", "preprocess")
     inputs = [Path(value) for name in named if (value := getattr(options, name, None)) is not None]
+    stats = getattr(options, "stats", None)
+    inputs += stats if isinstance(stats, list) else [stats] if stats else []
     reports = [getattr(options, name, None) for name in ("json", "html", "write_cache")]
     seen: list[Path] = []
     for output in (path for path in (*outputs, *reports) if path is not None):
@@ -328,8 +418,7 @@ def _check_gates(options: argparse.Namespace) -> None:
     """Refuse, before any work, gates that cannot be judged here."""
     from .tensorrt.engine import has_gpu
 
-    if options.data is not None and options.shapes:
-        raise QdqError("--shapes is for made-up inputs: leave it out with --data")
+    _check_data(options)
     if options.min_agreement is not None and not 0 <= options.min_agreement <= 1:
         raise QdqError(f"--min-agreement is a share between 0 and 1, not {options.min_agreement:g}")
     if options.min_speedup is not None and not options.engine:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from .calibration.feeds import Batch
-from .calibration.taps import Progress, Session
+from .calibration.sessions import Progress, Session
 from .edges import count
 from .errors import DataError, ModelError
 from .report.tables import decibels, share, table

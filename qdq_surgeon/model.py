@@ -205,6 +205,10 @@ class Graph:
         """The dimensions (None: dynamic), or None where the rank is unknown."""
         return self._shapes.get(tensor)
 
+    def shapes_for(self, fed: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int | None, ...]]:
+        """The dimensions of all tensors when the inputs have these shapes, as far as inference finds them."""
+        return _inferred(self.proto, self.nodes, fed)[1]
+
     def value(self, tensor: str) -> NDArray[Any]:
         """The value of a constant tensor. Raises ModelError where it cannot be computed."""
         literal = self._initializers.get(tensor) or self._literal(tensor)
@@ -572,13 +576,15 @@ def _captured_edges(node: NodeProto, scope: tuple[str, ...]) -> Iterator[tuple[s
 
 
 def _inferred(
-    proto: ModelProto, nodes: Iterable[Node]
+    proto: ModelProto, nodes: Iterable[Node], fed: Mapping[str, tuple[int, ...]] | None = None
 ) -> tuple[dict[str, int], dict[str, tuple[int | None, ...]], tuple[str, ...]]:
     """Element types and shapes of all tensors, by onnx's shape inference on a sorted copy without the weights' data.
 
-    The third part says why there is little of both, where inference failed.
+    The third part says why there is little of both, where inference failed. `fed` states the shapes of inputs.
     """
     skeleton = _skeleton(proto, nodes)
+    if fed is not None:
+        _state_shapes(skeleton.graph, fed)
     notes: tuple[str, ...] = ()
     try:
         inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
@@ -596,6 +602,16 @@ def _inferred(
     for tensor in proto.graph.initializer:
         types[tensor.name], shapes[tensor.name] = tensor.data_type, tuple(tensor.dims)
     return types, shapes, notes
+
+
+def _state_shapes(graph: onnx.GraphProto, fed: Mapping[str, tuple[int, ...]]) -> None:
+    """Give the inputs these shapes, and forget what was declared of everything behind them."""
+    del graph.value_info[:]
+    for value in graph.output:
+        value.type.tensor_type.ClearField("shape")
+    for value in graph.input:
+        if value.name in fed:
+            value.CopyFrom(helper.make_tensor_value_info(value.name, value.type.tensor_type.elem_type, fed[value.name]))
 
 
 def _skeleton(proto: ModelProto, nodes: Iterable[Node]) -> ModelProto:

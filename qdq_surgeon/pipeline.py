@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -10,12 +11,15 @@ from typing import TypedDict, Unpack
 
 from onnx import ModelProto
 
-from .calibration import feeds, taps
-from .calibration.feeds import Batch, Data, Shapes
+from .calibration import feeds
+from .calibration.collection import Checkpoint, collect
+from .calibration.feeds import Batch, Data, Feeds, Shapes
+from .calibration.images import Preprocessing
+from .calibration.quality import findings
 from .calibration.ranges import DEFAULT_METHOD, range_method
-from .calibration.split import Split
+from .calibration.sessions import DEFAULT_PROVIDER, Progress, trial
+from .calibration.split import Shard, Split
 from .calibration.statistics import Origin, Statistics
-from .calibration.taps import Progress
 from .comparison import SIMULATED, SIMULATED_HALF, Comparison, compare_models
 from .edges import Plan, count
 from .errors import ModelError
@@ -29,8 +33,12 @@ from .rules.predicates import PairPredicate, Predicate
 from .scales import Scales, choose_scales, tensors_to_calibrate
 from .tensorrt.cache import read_cache, scales_from_cache
 
+log = logging.getLogger("qdq_surgeon")
+
 VERSION = version("qdq-surgeon")
-NO_SCALES = Scales("none", Origin("no data", "", 0), "", {})
+RANGE_SAMPLES = 16
+"""How many samples tell which activations exceed FP16's range."""
+NO_SCALES = Scales("none", Origin(("no data",), "", 0), "", {})
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,11 @@ class Options(TypedDict, total=False):
     method: str
     samples: int | None
     shapes: Shapes | None
+    preprocessing: Preprocessing | None
+    statistics: Statistics | None
     calibration_cache: str | Path | None
+    provider: str
+    memory: int | None
     float16: bool
     float16_io: bool
     compare: bool
@@ -101,7 +113,11 @@ def apply(
     method: str = DEFAULT_METHOD,
     samples: int | None = None,
     shapes: Shapes | None = None,
+    preprocessing: Preprocessing | None = None,
+    statistics: Statistics | None = None,
     calibration_cache: str | Path | None = None,
+    provider: str = DEFAULT_PROVIDER,
+    memory: int | None = None,
     float16: bool = False,
     float16_io: bool = False,
     compare: bool = True,
@@ -110,32 +126,39 @@ def apply(
     """The line from a plan on: calibrate, choose, insert, compare.
 
     `method` chooses ranges: mse, max, entropy or percentile[:P]. At most `samples` samples calibrate. `shapes` gives
-    the sizes of synthetic inputs. `calibration_cache` is a TensorRT cache whose scales take the place of a
-    calibration. `float16` puts the un-quantized rest and the scales into FP16 (`float16_io`: inputs and outputs
-    too). `progress(stage, done, total)` may raise to stop the run. See `quantize`.
+    the sizes of synthetic inputs, `preprocessing` says how images become inputs. `statistics` of an earlier run, or a
+    TensorRT `calibration_cache` with scales, take the place of a calibration. `provider` is where onnxruntime runs
+    the float model (cpu, cuda, tensorrt), `memory` how many bytes the process should take at most while it
+    calibrates. `float16` puts the un-quantized rest and the scales into FP16 (`float16_io`: inputs and outputs too).
+    `progress(stage, done, total)` may raise to stop the run. What the statistics say of poor data is logged as
+    warnings. See `quantize`.
     """
     range_method(method)  # a wrong name should not cost a calibration
     source = load(model)
     check_plan(source, the_plan)
     if not the_plan.sites:
         return Result(insert(source, the_plan, NO_SCALES), the_plan, NO_SCALES)
-    split = Split(_feeds(source, data, shapes), samples)
+    split = Split(_feeds(source, data, shapes, preprocessing), samples, keep=compare or float16)
     if calibration_cache is not None:
         scales = scales_from_cache(source, the_plan, read_cache(calibration_cache))
     else:
-        statistics = _collect(source, the_plan, split, progress, needed=compare)
+        if statistics is None:
+            only = "max" if method == "max" else None
+            statistics = _collect(source, the_plan, split, only, provider, memory, None, progress, needed=compare)
+        _warn(source, statistics, method)
         scales = choose(source, the_plan, statistics, method)
     result = Result(insert(source, the_plan, scales), the_plan, scales)
     if float16:
         result = _in_float16(result, source, split, float16_io)
     if compare:
-        result = _compared(result, source, split, SIMULATED_HALF if float16 else SIMULATED, progress)
+        unseen = None if split.samples == 0 else split.held_out
+        result = _compared(result, source, split, unseen, SIMULATED_HALF if float16 else SIMULATED, progress)
     return result
 
 
 def _in_float16(result: Result, source: Model, split: Split, io: bool) -> Result:
-    batches, _ = split.for_comparison()
-    halved = to_float16(result.model, float16_io=io, ranges=taps.largest(source, batches))
+    batches = split.for_comparison()
+    halved = to_float16(result.model, float16_io=io, ranges=_largest(source, batches))
     notes = [f"stays FP32: {line}" for line in halved.kept]
     if halved.raised:
         names = ", ".join(halved.raised[:3]) + (" ..." if len(halved.raised) > 3 else "")
@@ -143,8 +166,19 @@ def _in_float16(result: Result, source: Model, split: Split, io: bool) -> Result
     return replace(result, model=halved.model, notes=tuple(notes))
 
 
-def _compared(result: Result, source: Model, split: Split, where: str, progress: Progress | None) -> Result:
-    batches, held_out = split.for_comparison()
+def _largest(source: Model, batches: Iterable[Batch]) -> dict[str, float]:
+    """The largest finite |x| of every float activation over a few samples."""
+    graph = source.graph
+    made = [output for node in graph.nodes for output in node.outputs if graph.is_float(output)]
+    samples = Split(Feeds(iter(batches), ""), RANGE_SAMPLES, hold_out=False, keep=False)
+    found = collect(source, [name for name in made if not graph.is_constant(name)], samples, ranges_only=True)
+    return {name: statistic.amax for name, statistic in found.tensors.items()}
+
+
+def _compared(
+    result: Result, source: Model, split: Split, held_out: bool | None, where: str, progress: Progress | None
+) -> Result:
+    batches = split.for_comparison()
     data = split.feeds.source
     comparison = compare_models(source.original, result.model, batches, data, held_out, progress, where)
     return replace(result, comparison=comparison, evaluation=tuple(batches))
@@ -178,12 +212,32 @@ def calibrate(
     *,
     samples: int | None = None,
     shapes: Shapes | None = None,
+    preprocessing: Preprocessing | None = None,
+    method: str | None = None,
+    shard: Shard | None = None,
+    provider: str = DEFAULT_PROVIDER,
+    memory: int | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> Statistics:
-    """Run the float model once over all data (at most `samples` samples); one statistic per tensor of the plan."""
+    """Run the float model once over all data (at most `samples` samples); one statistic per tensor of the plan.
+
+    The statistics serve every range method; `method="max"` keeps ranges only, which is faster. `shard` (i, n) takes
+    the i-th of n parts of the data: merge the n statistics with `|`. `checkpoint` names a file that is written now
+    and then, from which `resume` goes on; it goes away at the end. See `apply` for the other options.
+    Raises PlanError, DataError or ModelError where plan, data or model do not fit.
+    """
+    if method is not None:
+        range_method(method)
     source = load(model)
-    split = Split(_feeds(source, data, shapes), samples, hold_out=False)
-    return _collect(source, the_plan, split, progress)
+    split = Split(_feeds(source, data, shapes, preprocessing), samples, hold_out=False, keep=False, shard=shard)
+    kept = Checkpoint(Path(checkpoint), resume) if checkpoint is not None else None
+    statistics = _collect(source, the_plan, split, method, provider, memory, kept, progress)
+    if kept:
+        kept.remove()
+    _warn(source, statistics, method)
+    return statistics
 
 
 def choose(model: Source, the_plan: Plan, statistics: Statistics, method: str = DEFAULT_METHOD) -> Scales:
@@ -207,34 +261,62 @@ def compare(
     data: Data | None = None,
     *,
     shapes: Shapes | None = None,
+    preprocessing: Preprocessing | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Run both models on all of the data in onnxruntime and measure how far apart their outputs are."""
     left, right = load(float_model), load(qdq_model)
-    source = _feeds(left, data, shapes)
+    source = _feeds(left, data, shapes, preprocessing)
     return compare_models(left.original, right.original, source.batches, source.source, None, progress)
 
 
-def evaluation_batches(model: Source, data: Data | None = None, shapes: Shapes | None = None) -> list[Batch]:
+def evaluation_batches(
+    model: Source,
+    data: Data | None = None,
+    shapes: Shapes | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> list[Batch]:
     """The first batches of the data, as many as a comparison keeps."""
-    return Split(_feeds(load(model), data, shapes)).for_comparison()[0]
+    return Split(_feeds(load(model), data, shapes, preprocessing)).for_comparison()
 
 
-def _feeds(source: Model, data: Data | None, shapes: Shapes | None) -> feeds.Feeds:
+def _feeds(source: Model, data: Data | None, shapes: Shapes | None, preprocessing: Preprocessing | None) -> Feeds:
     if data is not None:
-        return feeds.read_data(data, source)
-    return feeds.default_data(source, shapes, taps.trial(source.original))
+        return feeds.read_data(data, source, preprocessing)
+    return feeds.default_data(source, shapes, trial(source.original))
 
 
-def _collect(source: Model, the_plan: Plan, split: Split, progress: Progress | None, needed: bool = True) -> Statistics:
+def _collect(
+    source: Model,
+    the_plan: Plan,
+    split: Split,
+    method: str | None,
+    provider: str,
+    memory: int | None,
+    checkpoint: Checkpoint | None,
+    progress: Progress | None,
+    needed: bool = True,
+) -> Statistics:
     """One pass over the calibration part of the data; none where no scale and no comparison needs it."""
     check_plan(source, the_plan)
     tensors = tensors_to_calibrate(the_plan)
     if not tensors and not needed:
         return Statistics({}, source.digest, NO_SCALES.origin)
-    found = taps.collect(source, tensors, split, split.most, progress)
-    origin = Origin(split.feeds.source, split.digest, split.samples, split.feeds.synthetic)
-    return Statistics(found, source.digest, origin)
+    return collect(
+        source,
+        tensors,
+        split,
+        ranges_only=method == "max",
+        provider=provider,
+        memory=memory,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+
+
+def _warn(source: Model, statistics: Statistics, method: str | None) -> None:
+    for finding in findings(source, statistics, method):
+        log.warning("%s", finding)
 
 
 def _check_is_float(source: Model) -> None:

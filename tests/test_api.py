@@ -25,7 +25,7 @@ NOTHING_TO_DO = "g (float[N,3] x) => (float[N,3] y) { y = Relu(x) }"
 
 PUBLIC = """
 apply calibrate choose compare insert load plan quantize save
-Comparison Edge Kept Miss Plan Result Scales Site Statistic Statistics
+Comparison Edge Kept Miss Plan Preprocessing Result Scales Site Statistic Statistics
 DataError FilterError ModelError PlacementError PlanError QdqError
 """
 

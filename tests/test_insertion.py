@@ -8,7 +8,8 @@ from onnx import AttributeProto, ModelProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 import qdq_surgeon
-from qdq_surgeon.calibration.statistics import Accumulator, Origin, Statistics
+from qdq_surgeon.calibration.counting import Accumulator
+from qdq_surgeon.calibration.statistics import Origin, Statistics
 from qdq_surgeon.errors import PlanError
 from qdq_surgeon.scales import tensors_to_calibrate
 from tests.graphs import model, shuffled
@@ -357,7 +358,7 @@ def scales_for(proto, plan, **values):
         accumulator = Accumulator()
         accumulator.add(np.asarray(values.get(name, [1.0]), np.float32))
         tensors[name] = accumulator.result()
-    found = Statistics(tensors, qdq_surgeon.load(proto).digest, Origin("a test", "0", 3))
+    found = Statistics(tensors, qdq_surgeon.load(proto).digest, Origin(("a test",), "0", 3))
     return qdq_surgeon.choose(proto, plan, found, "max")
 
 

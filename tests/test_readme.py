@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -29,8 +30,19 @@ def clone(tmp_path_factory):
     shutil.copytree(models, folder / "tests" / "models")
     shutil.copy(models / "digits.onnx", folder / "model.onnx")
     shutil.copy(models / "digits_calibration.npz", folder / "calibration.npz")
-    (folder / "mine.toml").write_text(blocks("toml")[0], encoding="utf-8")
+    for block in blocks("toml"):
+        name = block.split(maxsplit=2)[1]
+        (folder / name).write_text(block, encoding="utf-8")
+    save_images(folder / "images")
     return folder
+
+
+def save_images(folder):
+    pillow = pytest.importorskip("PIL.Image", reason="Pillow is not installed: pip install 'qdq-surgeon[images]'")
+    folder.mkdir()
+    samples = np.load(ROOT / "tests" / "models" / "digits_calibration.npz")["image"][:32]
+    for index, image in enumerate(samples):
+        pillow.fromarray((image[0] * 255).astype(np.uint8)).save(folder / f"{index:02}.png")
 
 
 def run(command, folder):

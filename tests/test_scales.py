@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper
 
 import qdq_surgeon
-from qdq_surgeon.calibration.statistics import Accumulator, Origin, Statistics
+from qdq_surgeon.calibration.counting import Accumulator
+from qdq_surgeon.calibration.statistics import Origin, Statistics
 from qdq_surgeon.errors import DataError, ModelError, PlanError, QdqError
 from qdq_surgeon.scales import tensors_to_calibrate, to_scale
 from tests.graphs import model
@@ -300,7 +301,7 @@ def made_statistics(proto, values):
         accumulator = Accumulator()
         accumulator.add(np.asarray(numbers, np.float32))
         tensors[name] = accumulator.result()
-    return Statistics(tensors, qdq_surgeon.load(proto).digest, Origin("a test", "", 1))
+    return Statistics(tensors, qdq_surgeon.load(proto).digest, Origin(("a test",), "", 1))
 
 
 def sigmoid_rules(folder, low, high):

@@ -9,7 +9,7 @@ import pytest
 
 import qdq_surgeon
 from qdq_surgeon.calibration.feeds import default_data
-from qdq_surgeon.calibration.taps import Session
+from qdq_surgeon.calibration.sessions import Session
 from qdq_surgeon.cli import insert_main
 from tests.test_insertion import stripped as strip
 

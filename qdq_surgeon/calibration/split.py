@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-import numpy as np
+from typing import TypeAlias
 
 from ..errors import DataError
 from .feeds import ENOUGH_SAMPLES, HELD_OUT_EVERY, Batch, Feeds
 
+Shard: TypeAlias = tuple[int, int]
+"""(i, n): the i-th of n parts, counted from 1."""
+
 SHELF_SAMPLES = 256
-SHELF_BYTES = 256 << 20
+SHELF_BYTES = 128 << 20
 """How much of a stream is kept for the comparison."""
 
 
 class _Shelf:
     """Keeps copies of batches up to a size: whoever gave an array may fill it anew for the next batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = SHELF_BYTES) -> None:
         self.batches: list[Batch] = []
         self.samples = self._bytes = 0
+        self._limit = limit
 
     @property
     def has_room(self) -> bool:
-        return self.samples < SHELF_SAMPLES and self._bytes < SHELF_BYTES
+        return self.samples < SHELF_SAMPLES and self._bytes < self._limit
 
     def add(self, batch: Batch) -> None:
         self.batches.append(replace(batch, feed={name: array.copy() for name, array in batch.feed.items()}))
@@ -39,35 +40,49 @@ class _Shelf:
 class Split:
     """Deals one stream of batches out: at most `limit` samples to calibration, some (`hold_out`) to the comparison.
 
-    Iterate it once, for the calibration batches. Afterwards `samples` and `digest` describe these, `evaluation`
-    holds the batches for the comparison, and `held_out` says that calibration has not seen them.
+    `shard` (i, n) leaves only every n-th batch, from the i-th on. Iterate it once, for the calibration batches.
+    Afterwards `samples` counts these, `evaluation` holds the batches for the comparison (none where `keep` is
+    False), and `held_out` says that calibration has not seen them.
     """
 
     feeds: Feeds
     limit: int | None = None
     hold_out: bool = True
+    keep: bool = True
+    shard: Shard | None = None
     samples: int = 0
     held_out: bool = False
     evaluation: list[Batch] = field(default_factory=list)
-    _hash: Any = field(default_factory=hashlib.sha256)
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise DataError(f"{self.limit} samples cannot calibrate: give at least one")
+        if self.shard and not 1 <= self.shard[0] <= self.shard[1]:
+            raise DataError(f"there is no shard {self.shard[0]} of {self.shard[1]}: shards count from 1")
 
     @property
-    def digest(self) -> str:
-        return str(self._hash.hexdigest())
+    def _batches(self) -> Iterator[Batch]:
+        if self.shard is None:
+            return self.feeds.batches
+        return itertools.islice(self.feeds.batches, self.shard[0] - 1, None, self.shard[1])
+
+    @property
+    def _source(self) -> str:
+        shard = f" (shard {self.shard[0]}/{self.shard[1]})" if self.shard else ""
+        return f"{self.feeds.source}{shard}"
 
     @property
     def most(self) -> int | None:
         """At most how many samples will calibrate; None where nothing tells."""
-        known = [number for number in (self.feeds.total, self.limit) if number is not None]
+        total = self.feeds.total
+        if total is not None and self.shard:
+            total = -(-total // self.shard[1])
+        known = [number for number in (total, self.limit) if number is not None]
         return min(known, default=None)
 
     def __iter__(self) -> Iterator[Batch]:
-        seen, held = _Shelf(), _Shelf()
-        for index, batch in enumerate(self.feeds.batches):
+        seen, held = _Shelf(SHELF_BYTES if self.keep else 0), _Shelf()
+        for index, batch in enumerate(self._batches):
             enough = self._is_enough(batch)
             in_turn = self.limit is None and index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
             if self.hold_out and held.has_room and (enough or in_turn):
@@ -80,21 +95,21 @@ class Split:
             yield from (self._used(batch, seen) for batch in held.batches)
             held = _Shelf()
         if not self.samples:
-            raise DataError(f"{self.feeds.source} holds no samples: give at least one")
+            raise DataError(f"{self._source} holds no samples: give at least one")
         self.held_out = bool(held.batches)
         self.evaluation = held.batches or seen.batches
 
-    def for_comparison(self) -> tuple[list[Batch], bool]:
-        """The batches to compare on, and whether calibration has not seen them: where it did not run, all that fit."""
+    def for_comparison(self) -> list[Batch]:
+        """The batches to compare on; where calibration did not run, all that fit."""
         if self.evaluation:
-            return self.evaluation, self.held_out
+            return self.evaluation
         shelf = _Shelf()
         for batch in itertools.takewhile(lambda _: shelf.has_room, self.feeds.batches):
             shelf.add(batch)
         if not shelf.samples:
             raise DataError(f"{self.feeds.source} holds no samples: give at least one")
-        self.evaluation, self.held_out = shelf.batches, True
-        return self.evaluation, self.held_out
+        self.evaluation = shelf.batches
+        return self.evaluation
 
     def _is_enough(self, batch: Batch) -> bool:
         """True where the limit is reached, or where a batch that cannot be cut would exceed it."""
@@ -104,10 +119,6 @@ class Split:
 
     def _used(self, batch: Batch, seen: _Shelf) -> Batch:
         self.samples += batch.samples
-        for name in sorted(batch.feed):
-            array = batch.feed[name]
-            self._hash.update(f"{name} {array.dtype} {array.shape}".encode())
-            self._hash.update(np.ascontiguousarray(array).view(np.uint8).data)
         if seen.has_room:
             seen.add(batch)
         return batch

@@ -1,4 +1,4 @@
-"""One small statistic per tensor, made in one pass, exact to merge.
+"""One small statistic per tensor, exact to merge, and the file that keeps them.
 
 The histogram has logarithmic buckets for |x|: the upper 15 bits of a float32 without its sign, that is the exponent
 and the first 7 bits of the mantissa. A bucket is 1/128 of an octave wide, no range must be known beforehand, and
@@ -7,19 +7,26 @@ counts do not depend on the order or the size of batches.
 
 from __future__ import annotations
 
-import math
+import functools
+import io
+import json
+import operator
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import DataError, PlanError
+from ..model import write_atomically
+
 BUCKETS = 1 << 15
 FIRST_NON_FINITE = 0x7F80
 """The bucket of infinity; those behind it hold NaN."""
-CHUNK = 1 << 16
-"""How many elements are counted at once, so that their bits and buckets stay in the cache."""
+EPOCHS = 40
+FORMAT = 1
 
 BUCKET_EDGES: NDArray[np.float64] = (
     (np.arange(FIRST_NON_FINITE, dtype=np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
@@ -31,15 +38,18 @@ BUCKET_EDGES: NDArray[np.float64] = (
 class Statistic:
     """What is known of one tensor's values: over the finite ones, except for `non_finite`.
 
-    `histogram[b]` counts the values with |x| in [BUCKET_EDGES[b], BUCKET_EDGES[b + 1]); it has BUCKETS entries,
-    of which those from FIRST_NON_FINITE on stay 0. `minimum` and `maximum` are exact (inf and -inf when empty).
+    `histogram[b]` counts the values with |x| in [BUCKET_EDGES[b], BUCKET_EDGES[b + 1]); it has BUCKETS entries, of
+    which those from FIRST_NON_FINITE on stay 0. It is None where only ranges were asked for.
+    `minimum` and `maximum` are exact (inf and -inf when empty). `growth[k]`, of EPOCHS entries, is the largest |x|
+    among the batches 2^k - 1 to 2^(k+1) - 2 of a run: it tells whether more data still widened the range.
     """
 
     minimum: float
     maximum: float
     count: int
     non_finite: int
-    histogram: NDArray[np.int64] = field(repr=False)
+    histogram: NDArray[np.int64] | None = field(repr=False)
+    growth: NDArray[np.float64] = field(repr=False, default_factory=lambda: np.zeros(EPOCHS))
 
     @property
     def amax(self) -> float:
@@ -48,23 +58,41 @@ class Statistic:
 
     def __or__(self, other: Statistic) -> Statistic:
         """The statistic of both sets of values together. Exact, associative and commutative."""
+        known = self.histogram is not None and other.histogram is not None
         return Statistic(
             min(self.minimum, other.minimum),
             max(self.maximum, other.maximum),
             self.count + other.count,
             self.non_finite + other.non_finite,
-            self.histogram + other.histogram,
+            self.histogram + other.histogram if known else None,  # type: ignore[operator]
+            np.maximum(self.growth, other.growth),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The data behind a calibration: where from, SHA-256 over what was fed, how many samples, made up or not."""
+    """The data behind a calibration: where from, a digest of what was fed, how many samples, made up or not.
 
-    data: str
+    The digest is the sum of the SHA-256 of every fed batch, modulo 2^256: it depends on neither order nor grouping.
+    """
+
+    sources: tuple[str, ...]
     digest: str
     samples: int
     synthetic: bool = False
+
+    @property
+    def data(self) -> str:
+        return " + ".join(self.sources)
+
+    def __or__(self, other: Origin) -> Origin:
+        total = (int(self.digest or "0", 16) + int(other.digest or "0", 16)) % (1 << 256)
+        return Origin(
+            tuple(sorted({*self.sources, *other.sources})),
+            f"{total:064x}",
+            self.samples + other.samples,
+            self.synthetic or other.synthetic,
+        )
 
 
 @dataclass(frozen=True)
@@ -75,37 +103,91 @@ class Statistics:
     model_digest: str
     origin: Origin
 
+    def __or__(self, other: Statistics) -> Statistics:
+        """Both runs together: exact, in any order and grouping. Raises PlanError where they do not belong together."""
+        if self.model_digest != other.model_digest:
+            raise PlanError("these statistics belong to different models: merge those of one model")
+        missing = sorted(self.tensors.keys() ^ other.tensors.keys())
+        if missing:
+            raise PlanError(f"some of these statistics lack '{missing[0]}': calibrate all with one placement")
+        merged = {name: statistic | other.tensors[name] for name, statistic in self.tensors.items()}
+        return Statistics(merged, self.model_digest, self.origin | other.origin)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write an .npz, whole or not at all. Equal statistics give equal bytes."""
+        write_atomically(Path(path), self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        names = sorted(self.tensors)
+        rows = [self.tensors[name] for name in names]
+        spans = [_span(row.histogram) for row in rows]
+        counts = [
+            row.histogram[low:high] for row, (low, high) in zip(rows, spans, strict=True) if row.histogram is not None
+        ]
+        about = {"format": FORMAT, "model": self.model_digest, **asdict(self.origin)}
+        file = io.BytesIO()
+        np.savez_compressed(
+            file,
+            about=np.array(json.dumps(about)),
+            names=np.array(json.dumps(names)),
+            minimum=np.array([row.minimum for row in rows], np.float64),
+            maximum=np.array([row.maximum for row in rows], np.float64),
+            count=np.array([row.count for row in rows], np.int64),
+            non_finite=np.array([row.non_finite for row in rows], np.int64),
+            growth=np.array([row.growth for row in rows], np.float64).reshape(len(rows), EPOCHS),
+            spans=np.array(spans, np.int64).reshape(len(rows), 2),
+            histograms=np.concatenate([np.zeros(0, np.int64), *counts]),
+        )
+        return file.getvalue()
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Statistics:
+        """Read what `save` wrote. Raises DataError for any other file."""
+        if not Path(path).is_file():
+            raise DataError(f"{path}: no such file of statistics")
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                return _unpacked({name: archive[name] for name in archive.files})
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+        except Exception as error:
+            raise DataError(f"{path} holds no statistics: make them with `qdq-surgeon calibrate -o`") from error
+
     def __str__(self) -> str:
         lines = [f"{len(self.tensors)} tensors over {self.origin.samples} samples of {self.origin.data}"]
         lines += [f"  {name}: {s.minimum:.6g} .. {s.maximum:.6g}" for name, s in self.tensors.items()]
         return "\n".join(lines)
 
 
-class Accumulator:
-    """Counts arrays into a Statistic."""
+def merged(parts: list[Statistics]) -> Statistics:
+    """All of them together. Raises PlanError where two do not belong together, DataError for the same data twice."""
+    digests = [part.origin.digest for part in parts]
+    doubled = next((part for part in parts if digests.count(part.origin.digest) > 1), None)
+    if doubled:
+        raise DataError(f"the same samples of {doubled.origin.data} are there twice: merge each part once")
+    return functools.reduce(operator.or_, parts)
 
-    def __init__(self) -> None:
-        self._minimum = math.inf
-        self._maximum = -math.inf
-        self._counts = np.zeros(BUCKETS, np.int64)
 
-    def add(self, array: NDArray[Any]) -> None:
-        """Count all elements of a float array of any shape; FP16 and BF16 are widened, which is exact."""
-        flat = np.ascontiguousarray(array, np.float32).reshape(-1)
-        for start in range(0, flat.size, CHUNK):
-            chunk = flat[start : start + CHUNK]
-            buckets = (chunk.view(np.uint32) >> np.uint32(16)) & np.uint32(BUCKETS - 1)
-            self._counts += np.bincount(buckets, minlength=BUCKETS)
-        if not flat.size:
-            return
-        low, high = float(flat.min()), float(flat.max())
-        if not (math.isfinite(low) and math.isfinite(high)):
-            finite = flat[np.isfinite(flat)]
-            low, high = (float(finite.min()), float(finite.max())) if finite.size else (math.inf, -math.inf)
-        self._minimum, self._maximum = min(self._minimum, low), max(self._maximum, high)
+def _span(histogram: NDArray[np.int64] | None) -> tuple[int, int]:
+    """From the first filled bucket to behind the last; (-1, -1) where there is no histogram."""
+    if histogram is None:
+        return -1, -1
+    filled = np.flatnonzero(histogram)
+    return (int(filled[0]), int(filled[-1]) + 1) if filled.size else (0, 0)
 
-    def result(self) -> Statistic:
-        counts = self._counts.copy()
-        non_finite = int(counts[FIRST_NON_FINITE:].sum())
-        counts[FIRST_NON_FINITE:] = 0
-        return Statistic(self._minimum, self._maximum, int(counts.sum()), non_finite, counts)
+
+def _unpacked(arrays: Mapping[str, NDArray[np.generic]]) -> Statistics:
+    about = json.loads(str(arrays["about"]))
+    if about.pop("format") != FORMAT:
+        raise DataError("another version of qdq-surgeon wrote these statistics: calibrate again")
+    model, sources = about.pop("model"), tuple(about.pop("sources"))
+    columns = [arrays[name].tolist() for name in ("minimum", "maximum", "count", "non_finite", "spans")]
+    names, growth, filled = json.loads(str(arrays["names"])), arrays["growth"], arrays["histograms"]
+    tensors, start = {}, 0
+    for index, (name, minimum, maximum, count, non_finite, (low, high)) in enumerate(zip(names, *columns, strict=True)):
+        histogram = None if low < 0 else np.zeros(BUCKETS, np.int64)
+        if histogram is not None:
+            histogram[low:high] = filled[start : start + high - low]
+            start += high - low
+        tensors[name] = Statistic(minimum, maximum, count, non_finite, histogram, growth[index].astype(np.float64))
+    return Statistics(tensors, model, Origin(sources, **about))

@@ -69,7 +69,7 @@ def read_cache(path: str | os.PathLike[str]) -> Cache:
         name, scale = _entry(line, f"{path}, line {number}")
         if scales.setdefault(name, scale) != scale:
             raise DataError(f"{path}, line {number}: a second scale for '{name}': keep the one that is right")
-    return Cache(header.strip(), scales, Origin(str(path), hashlib.sha256(data).hexdigest(), samples=0))
+    return Cache(header.strip(), scales, Origin((str(path),), hashlib.sha256(data).hexdigest(), samples=0))
 
 
 def _entry(line: str, where: str) -> tuple[str, float]:
@@ -126,7 +126,7 @@ def scales_from_cache(model: Model, plan: Plan, cache: Mapping[str, float]) -> S
             amax.setdefault(site.tensor, max(map(abs, site.range)))
     dropped = _drop(plan, amax)
     kept = tuple(replace(site, range=None) for site in plan.sites if not dropped.keys() >= set(site.edges))
-    origin = cache.origin if isinstance(cache, Cache) else Origin("a calibration cache", "", samples=0)
+    origin = cache.origin if isinstance(cache, Cache) else Origin(("a calibration cache",), "", samples=0)
     statistics = Statistics({tensor: _statistic(reach) for tensor, reach in amax.items()}, model.digest, origin)
     scales = choose_scales(model, replace(plan, sites=kept), statistics, "max")
     return replace(scales, method=METHOD, dropped={**dropped, **scales.dropped})

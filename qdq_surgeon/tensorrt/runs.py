@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from ..calibration.feeds import Batch
-from ..calibration.taps import Session
+from ..calibration.sessions import Session
 from ..comparison import Comparison, compare_runners
 from ..edges import count
 from ..errors import QdqError

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from qdq_surgeon.calibration.counting import Accumulator
 from qdq_surgeon.calibration.ranges import range_method
-from qdq_surgeon.calibration.statistics import Accumulator
 from qdq_surgeon.errors import QdqError
 
 BUCKET = 2**-7

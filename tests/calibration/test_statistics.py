@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from qdq_surgeon.calibration.statistics import BUCKET_EDGES, BUCKETS, CHUNK, Accumulator
+from qdq_surgeon.calibration.counting import CHUNK, Accumulator
+from qdq_surgeon.calibration.statistics import BUCKET_EDGES, BUCKETS
 
 
 def test_a_bucket_edge_is_a_float32_with_seven_bits_of_mantissa():

@@ -19,7 +19,8 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from .calibration.ranges import LEVELS
 from .errors import ModelError
-from .model import DATA_FREE_OPS, HALF_OPSET, QDQ_OPS, FreshNames, Graph, bodies, converted_to, default_opset, one_line
+from .graph import DATA_FREE_OPS, HALF_OPSET, QDQ_OPS, Graph, bodies, default_opset, one_line
+from .model import FreshNames, converted_to
 from .rules.commuting import MOVES
 from .scales import SMALLEST_NORMAL, to_scale
 

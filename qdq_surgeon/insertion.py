@@ -17,7 +17,8 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from .edges import Plan, Site
 from .errors import ModelError, PlanError
-from .model import QDQ_OPS, FreshNames, Graph, Model, bodies, first_output_of
+from .graph import QDQ_OPS, Graph, bodies, first_output_of
+from .model import FreshNames, Model
 from .rules.planner import check_plan
 from .scales import Scales
 

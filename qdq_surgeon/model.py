@@ -1,58 +1,40 @@
-"""Load, view and save ONNX models: the only reader of raw ONNX.
+"""Load and save ONNX models: with graph.py the only reader of raw ONNX.
 
-`load` gives a `Model`; `Model.graph` is the read-only view on which the rules work: nodes in an order that does
-not depend on how they are stored, who produces and who reads each tensor, element types, shapes, constants.
+`load` gives a `Model`; `Model.graph` is the view on which the rules work.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
-import numpy as np
 import onnx
-from numpy.typing import NDArray
-from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto
 
-from .edges import GRAPH_OUTPUT, Edge
 from .errors import ModelError
+from .graph import (
+    HALF_OPSET,
+    HALF_TYPES,
+    MIN_IR,
+    MIN_OPSET,
+    PER_TENSOR_OPSET,
+    QDQ_OPS,
+    Graph,
+    all_nodes,
+    bodies,
+    default_opset,
+    one_line,
+    tensor_type,
+)
 
 log = logging.getLogger("qdq_surgeon")
-
-MIN_OPSET = 13
-"""Per-channel QuantizeLinear and DequantizeLinear exist from opset 13."""
-HALF_OPSET = 19
-"""QuantizeLinear and DequantizeLinear take FP16 and BF16 scales from opset 19."""
-PER_TENSOR_OPSET = 10
-"""QuantizeLinear and DequantizeLinear exist from opset 10, per tensor."""
-MIN_IR = 4
-"""Below IR 4 every initializer must be a graph input too, so new ones would be invalid."""
-
-HALF_TYPES = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16})
-FLOAT_TYPES = frozenset({TensorProto.FLOAT}) | HALF_TYPES
-"""The element types that Q/DQ can read. DOUBLE is not among them."""
-
-QDQ_OPS = frozenset({"QuantizeLinear", "DequantizeLinear"})
-INTEGER_OPS = frozenset(
-    {"QLinearConv", "QLinearMatMul", "QLinearAdd", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear"}
-)
-"""Ops of models that are quantized in operator form. TensorRT refuses them."""
-
-NOT_FOLDABLE = frozenset(
-    {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"}
-)
-DATA_FREE_OPS = frozenset({"Shape", "Size"})
-"""Ops that read a float tensor without its values."""
-
-_SKELETON_BYTES = 4096
 
 
 @runtime_checkable
@@ -64,42 +46,6 @@ class HasModelProto(Protocol):
 
 
 Source: TypeAlias = "str | os.PathLike[str] | ModelProto | HasModelProto | Model"
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Node:
-    """One node. `op` carries the domain where it is not ONNX's own: 'com.microsoft::FusedConv'.
-
-    `edges` holds the edge of each input slot, `captured` the outer tensors that its control-flow bodies read.
-    """
-
-    op: str
-    name: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    first_output: str
-    edges: tuple[Edge, ...]
-    captured: tuple[str, ...]
-    proto: NodeProto
-
-    @staticmethod
-    def of(proto: NodeProto) -> Node:
-        op = proto.op_type if proto.domain in ("", "ai.onnx") else f"{proto.domain}::{proto.op_type}"
-        first = first_output_of(proto)
-        edges = tuple(Edge((), first, slot, op, proto.name) for slot in range(len(proto.input)))
-        captured = tuple(dict.fromkeys(tensor for tensor, _ in _captured_edges(proto, ())))
-        return Node(op, proto.name, tuple(proto.input), tuple(proto.output), first, edges, captured, proto)
-
-    @property
-    def label(self) -> str:
-        return f"{self.op} {self.name or self.first_output}"
-
-    def attribute(self, name: str) -> Any:
-        """The attribute's value, or the schema's default, or None."""
-        for attribute in self.proto.attribute:
-            if attribute.name == name:
-                return _plain(helper.get_attribute_value(attribute))
-        return _default(self.proto.op_type, self.proto.domain, name)
 
 
 @dataclass(frozen=True)
@@ -142,181 +88,6 @@ class Model:
         """The inputs that a caller must feed: graph inputs without an initializer of the same name."""
         initializers = {tensor.name for tensor in self.proto.graph.initializer}
         return tuple(value for value in self.proto.graph.input if value.name not in initializers)
-
-
-class Graph:
-    """A read-only view of a model's top graph.
-
-    `nodes` holds the nodes that lead to an output, producers first, in an order that follows from the graph's
-    structure alone (depth first from the outputs, inputs by slot). Bodies of If, Loop and Scan are not planned;
-    what they read from outside counts as read by an edge with their scope.
-    """
-
-    def __init__(self, proto: ModelProto, folder: Path | None = None) -> None:
-        self.proto = proto
-        self.opset = default_opset(proto)
-        self._quantizable = FLOAT_TYPES if self.opset >= HALF_OPSET else FLOAT_TYPES - HALF_TYPES
-        self._folder = str(folder) if folder else ""
-        self._initializers = {tensor.name: tensor for tensor in proto.graph.initializer}
-        self._sparse = {tensor.values.name for tensor in proto.graph.sparse_initializer}
-        fed = [value.name for value in proto.graph.input if value.name not in self._initializers]
-        self.inputs: tuple[str, ...] = tuple(fed)
-        self.outputs: tuple[str, ...] = tuple(value.name for value in proto.graph.output)
-        self._producers = _producers(proto)
-        self.nodes: tuple[Node, ...] = tuple(self._ordered())
-        self._positions = {node.first_output: index for index, node in enumerate(self.nodes)}
-        self._readers: dict[str, tuple[Edge, ...]] = self._read()
-        self._types, self._shapes, self.notes = _inferred(proto, self.nodes)
-        self._complete_types()
-        self._constants = self._find_constants()
-
-    def producer(self, tensor: str) -> Node | None:
-        """The node that makes `tensor`; None for graph inputs and initializers."""
-        return self._producers.get(tensor)
-
-    def readers(self, tensor: str) -> tuple[Edge, ...]:
-        """The edges that read `tensor`: in the order of `nodes`, then those of the graph's own outputs."""
-        return self._readers.get(tensor, ())
-
-    def reading_node(self, edge: Edge) -> Node | None:
-        """The node of an edge of the top graph; None for a graph output and for control-flow bodies."""
-        if edge.scope or edge.slot == GRAPH_OUTPUT:
-            return None
-        return self._producers.get(edge.reader)
-
-    def position(self, tensor: str) -> int:
-        """Where in `nodes` the tensor is made; -1 for graph inputs and initializers."""
-        node = self._producers.get(tensor)
-        return self._positions.get(node.first_output, -1) if node else -1
-
-    def is_constant(self, tensor: str) -> bool:
-        """True for initializers and for what follows from them alone (Constant, Cast, Transpose, Reshape ...)."""
-        return tensor in self._constants
-
-    def is_float(self, tensor: str) -> bool:
-        """True for the tensors that Q/DQ can read: FP32, and from opset 19 on FP16 and BF16."""
-        return self._types.get(tensor) in self._quantizable
-
-    def element_type(self, tensor: str) -> int | None:
-        """The TensorProto.DataType of a tensor, None where it is unknown."""
-        return self._types.get(tensor)
-
-    def shape(self, tensor: str) -> tuple[int | None, ...] | None:
-        """The dimensions (None: dynamic), or None where the rank is unknown."""
-        return self._shapes.get(tensor)
-
-    def shapes_for(self, fed: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int | None, ...]]:
-        """The dimensions of all tensors when the inputs have these shapes, as far as inference finds them."""
-        return _inferred(self.proto, self.nodes, fed)[1]
-
-    def value(self, tensor: str) -> NDArray[Any]:
-        """The value of a constant tensor. Raises ModelError where it cannot be computed."""
-        literal = self._initializers.get(tensor) or self._literal(tensor)
-        if literal is None:
-            return self._fold(tensor)
-        try:
-            return numpy_helper.to_array(literal, self._folder)
-        except Exception as error:
-            raise ModelError(
-                f"the values of '{tensor}' cannot be read: load the model with its external data, or give its path"
-            ) from error
-
-    def _literal(self, tensor: str) -> TensorProto | None:
-        """The tensor in a Constant node, where it is written as one."""
-        node = self._producers.get(tensor)
-        value = node.attribute("value") if node is not None and node.op == "Constant" else None
-        return value if isinstance(value, TensorProto) else None
-
-    def _fold(self, tensor: str) -> NDArray[Any]:
-        from onnx.reference import ReferenceEvaluator  # slow to import, and most models never need it
-
-        chain: dict[str, Node] = {}
-        leaves: dict[str, TensorProto] = {}
-        pending = [tensor]
-        while pending:
-            name = pending.pop()
-            node = self._producers.get(name)
-            if name in self._initializers:
-                leaves[name] = self._initializers[name]
-            elif node is not None and node.first_output not in chain:
-                chain[node.first_output] = node
-                pending.extend(node.inputs)
-        protos = [chain[name].proto for name in sorted(chain, key=self._positions.__getitem__)]
-        output = helper.make_tensor_value_info(tensor, self._types.get(tensor, TensorProto.FLOAT), None)
-        graph = helper.make_graph(protos, "fold", [], [output], initializer=list(leaves.values()))
-        try:
-            model = helper.make_model(graph, opset_imports=self.proto.opset_import)
-            folded: Any = ReferenceEvaluator(model).run(None, {})
-        except Exception as error:
-            raise ModelError(f"the constant '{tensor}' cannot be computed ({one_line(error)})") from error
-        return np.asarray(folded[0])
-
-    def _ordered(self) -> Iterator[Node]:
-        done: set[str] = set()
-        open_: set[str] = set()
-        known = set(self.inputs) | self._initializers.keys() | self._sparse
-        stack = [(name, False) for name in reversed(self.outputs)]
-        while stack:
-            tensor, leaving = stack.pop()
-            node = self._producers.get(tensor)
-            if node is None:
-                self._check_known(tensor, known)
-                continue
-            key = node.first_output
-            if leaving:
-                open_.discard(key)
-                done.add(key)
-                yield node
-                continue
-            if key in done:
-                continue
-            if key in open_:
-                raise ModelError(f"the graph has a cycle through {node.label}: it is not a valid ONNX model")
-            open_.add(key)
-            stack.append((tensor, True))
-            stack.extend((name, False) for name in reversed((*node.inputs, *node.captured)) if name)
-
-    @staticmethod
-    def _check_known(tensor: str, known: set[str]) -> None:
-        if tensor not in known:
-            raise ModelError(f"the tensor '{tensor}' is read, but no node, input or initializer gives it")
-
-    def _read(self) -> dict[str, tuple[Edge, ...]]:
-        readers: dict[str, list[Edge]] = {}
-        for node in self.nodes:
-            for tensor, edge in zip(node.inputs, node.edges, strict=True):
-                readers.setdefault(tensor, []).append(edge)
-            for tensor, edge in _captured_edges(node.proto, ()):
-                readers.setdefault(tensor, []).append(edge)
-        for name in self.outputs:
-            readers.setdefault(name, []).append(Edge((), name, GRAPH_OUTPUT))
-        readers.pop("", None)
-        return {tensor: tuple(edges) for tensor, edges in readers.items()}
-
-    def _complete_types(self) -> None:
-        """Where inference stopped (a custom op), inputs and outputs under one type variable share their type."""
-        for node in self.nodes:
-            variables = _type_variables(node.proto.op_type, node.proto.domain, len(node.inputs), len(node.outputs))
-            if variables is None:
-                continue
-            tensors = (*node.inputs, *node.outputs)
-            pairs = list(zip(variables, tensors, strict=True))
-            known = {variable: self._types[name] for variable, name in pairs if variable and name in self._types}
-            for variable, tensor in pairs:
-                if tensor and variable in known:
-                    self._types.setdefault(tensor, known[variable])
-
-    def _find_constants(self) -> set[str]:
-        constants = set(self._initializers)
-        for node in self.nodes:
-            inputs = [name for name in node.inputs if name]
-            if not inputs and node.op != "Constant":
-                continue
-            if node.op in NOT_FOLDABLE or node.captured or "::" in node.op or bodies(node.proto):
-                continue
-            if all(name in constants for name in inputs):
-                constants.update(node.outputs)
-        return constants
 
 
 def load(source: Source) -> Model:
@@ -365,29 +136,6 @@ def write_atomically(target: Path, data: bytes) -> None:
     finally:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
-
-
-def default_opset(proto: ModelProto) -> int:
-    """The version of ONNX's own operators that the model imports."""
-    return max((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), default=0)
-
-
-def tensor_type(value: onnx.ValueInfoProto) -> tuple[int | None, tuple[int | str | None, ...] | None]:
-    """Element type and dimensions of a declared tensor: an int, a symbol's name, or None for each dimension."""
-    if not value.type.HasField("tensor_type"):
-        return None, None
-    declared = value.type.tensor_type
-    if not declared.HasField("shape"):
-        return declared.elem_type, None
-    dims = tuple(_dimension(dim) for dim in declared.shape.dim)
-    return declared.elem_type, dims
-
-
-def _dimension(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
-    """A size, a symbol, or None; exporters write -1 for what is open."""
-    if dim.HasField("dim_value") and dim.dim_value >= 0:
-        return dim.dim_value
-    return dim.dim_param or None
 
 
 def _read_file(path: Path) -> ModelProto:
@@ -499,40 +247,6 @@ def _tensor_digest(tensor: TensorProto) -> bytes:
     return head + hashlib.sha256(tensor.SerializeToString(deterministic=True)).digest()
 
 
-def _producers(proto: ModelProto) -> dict[str, Node]:
-    producers: dict[str, Node] = {}
-    for node in proto.graph.node:
-        view = Node.of(node)
-        for output in filter(None, node.output):
-            if output in producers:
-                raise ModelError(f"two nodes make the tensor '{output}': it is not a valid ONNX model")
-            producers[output] = view
-    return producers
-
-
-def first_output_of(node: NodeProto) -> str:
-    """The name by which an edge knows its reader: the node's first output that has a name."""
-    return next(filter(None, node.output), "")
-
-
-def bodies(node: NodeProto) -> list[tuple[str, onnx.GraphProto]]:
-    """A node's control-flow bodies, each with the name of its attribute."""
-    return [(item.name, item.g) for item in node.attribute if item.type == AttributeProto.GRAPH] + [
-        (f"{item.name}[{index}]", graph)
-        for item in node.attribute
-        if item.type == AttributeProto.GRAPHS
-        for index, graph in enumerate(item.graphs)
-    ]
-
-
-def all_nodes(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[NodeProto]:
-    """The nodes of a graph or function, each followed by those of its control-flow bodies."""
-    for node in graph.node:
-        yield node
-        for _, body in bodies(node):
-            yield from all_nodes(body)
-
-
 class FreshNames:
     """Gives names that are free in the whole model, control-flow bodies included."""
 
@@ -554,129 +268,6 @@ class FreshNames:
             name = f"{wanted}_{number}"
         self._taken.add(name)
         return name
-
-
-def _captured_edges(node: NodeProto, scope: tuple[str, ...]) -> Iterator[tuple[str, Edge]]:
-    """What the bodies of a control-flow node read from outside, each with the edge that reads it."""
-    for name, body in bodies(node):
-        inner = (*scope, f"{first_output_of(node)}.{name}")
-        local = {value.name for value in body.input} | {tensor.name for tensor in body.initializer}
-        local |= {tensor.values.name for tensor in body.sparse_initializer}
-        local |= {output for child in body.node for output in child.output}
-        for child in body.node:
-            first = first_output_of(child)
-            reads = [
-                (tensor, Edge(inner, first, slot, child.op_type, child.name)) for slot, tensor in enumerate(child.input)
-            ]
-            reads += _captured_edges(child, inner)
-            yield from (read for read in reads if read[0] and read[0] not in local)
-        for value in body.output:
-            if value.name not in local:
-                yield value.name, Edge(inner, value.name, GRAPH_OUTPUT)
-
-
-def _inferred(
-    proto: ModelProto, nodes: Iterable[Node], fed: Mapping[str, tuple[int, ...]] | None = None
-) -> tuple[dict[str, int], dict[str, tuple[int | None, ...]], tuple[str, ...]]:
-    """Element types and shapes of all tensors, by onnx's shape inference on a sorted copy without the weights' data.
-
-    The third part says why there is little of both, where inference failed. `fed` states the shapes of inputs.
-    """
-    skeleton = _skeleton(proto, nodes)
-    if fed is not None:
-        _state_shapes(skeleton.graph, fed)
-    notes: tuple[str, ...] = ()
-    try:
-        inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
-    except Exception as error:
-        notes = (f"shapes could not be inferred, so rules that need them do not apply: {one_line(error)}",)
-        inferred = skeleton.graph
-    types: dict[str, int] = {}
-    shapes: dict[str, tuple[int | None, ...]] = {}
-    for value in (*inferred.value_info, *inferred.output, *inferred.input):
-        element, dims = tensor_type(value)
-        if element:
-            types[value.name] = element
-        if dims is not None:
-            shapes[value.name] = tuple(dim if isinstance(dim, int) else None for dim in dims)
-    for tensor in proto.graph.initializer:
-        types[tensor.name], shapes[tensor.name] = tensor.data_type, tuple(tensor.dims)
-    return types, shapes, notes
-
-
-def _state_shapes(graph: onnx.GraphProto, fed: Mapping[str, tuple[int, ...]]) -> None:
-    """Give the inputs these shapes, and forget what was declared of everything behind them."""
-    del graph.value_info[:]
-    for value in graph.output:
-        value.type.tensor_type.ClearField("shape")
-    for value in graph.input:
-        if value.name in fed:
-            value.CopyFrom(helper.make_tensor_value_info(value.name, value.type.tensor_type.elem_type, fed[value.name]))
-
-
-def _skeleton(proto: ModelProto, nodes: Iterable[Node]) -> ModelProto:
-    skeleton = ModelProto(ir_version=proto.ir_version)
-    skeleton.opset_import.extend(proto.opset_import)
-    skeleton.functions.extend(proto.functions)
-    graph = skeleton.graph
-    graph.name = proto.graph.name
-    graph.node.extend(node.proto for node in nodes)
-    graph.input.extend(proto.graph.input)
-    graph.output.extend(proto.graph.output)
-    graph.value_info.extend(proto.graph.value_info)
-    listed = {value.name for value in proto.graph.input}
-    for tensor in proto.graph.initializer:
-        if tensor.ByteSize() <= _SKELETON_BYTES:
-            graph.initializer.append(tensor)
-        elif tensor.name not in listed:
-            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
-    return skeleton
-
-
-_schemas: dict[tuple[str, str], Any] = {}
-
-
-def _schema(op: str, domain: str) -> Any:
-    key = (op, "" if domain == "ai.onnx" else domain)
-    if key not in _schemas:
-        with contextlib.suppress(Exception):  # an unknown op, or a name that is no text
-            _schemas[key] = onnx.defs.get_schema(*key)
-    return _schemas.get(key)
-
-
-def _default(op: str, domain: str, attribute: str) -> Any:
-    schema = _schema(op, domain)
-    declared = schema.attributes.get(attribute) if schema else None
-    if declared is None or declared.default_value.type == AttributeProto.UNDEFINED:
-        return None
-    return _plain(helper.get_attribute_value(declared.default_value))
-
-
-def _type_variables(op: str, domain: str, inputs: int, outputs: int) -> list[str] | None:
-    """The type variable of each input and output, '' where the schema fixes the type."""
-    schema = _schema(op, domain)
-    if schema is None or not schema.inputs:
-        return None
-    variables = {constraint.type_param_str for constraint in schema.type_constraints}
-
-    def variable(declared: Any, index: int) -> str:
-        if not declared:
-            return ""
-        parameter = declared[min(index, len(declared) - 1)]
-        homogeneous = parameter.is_homogeneous
-        return parameter.type_str if homogeneous and parameter.type_str in variables else ""
-
-    return [variable(schema.inputs, i) for i in range(inputs)] + [variable(schema.outputs, i) for i in range(outputs)]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    return list(value) if isinstance(value, (list, tuple)) or hasattr(value, "add") else value
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def metadata(proto: ModelProto) -> Mapping[str, str]:

@@ -24,8 +24,9 @@ from .comparison import SIMULATED, SIMULATED_HALF, Comparison, compare_models
 from .edges import Plan, count
 from .errors import ModelError
 from .float16 import to_float16
+from .graph import INTEGER_OPS, QDQ_OPS
 from .insertion import insert_pairs
-from .model import INTEGER_OPS, QDQ_OPS, Model, Source, load
+from .model import Model, Source, load
 from .rules.filters import Selection, vetoed
 from .rules.placement import DEFAULT, load_placement
 from .rules.planner import check_plan, make_plan

@@ -21,7 +21,8 @@ from .calibration.ranges import DEFAULT_METHOD, LEVELS, RangeMethod, range_metho
 from .calibration.statistics import Origin, Statistic, Statistics
 from .edges import Edge, Plan, Site
 from .errors import DataError, ModelError, PlanError
-from .model import HALF_TYPES, Graph, Model
+from .graph import HALF_TYPES, Graph
+from .model import Model
 from .rules.planner import check_plan
 
 SMALLEST_NORMAL: dict[int, float] = {

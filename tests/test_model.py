@@ -9,7 +9,8 @@ from onnx import ModelProto, TensorProto, numpy_helper, version_converter
 import qdq_surgeon
 from qdq_surgeon.edges import GRAPH_OUTPUT, Edge
 from qdq_surgeon.errors import ModelError
-from qdq_surgeon.model import Graph, Model, load, save
+from qdq_surgeon.graph import Graph
+from qdq_surgeon.model import Model, load, save
 from tests.graphs import model, shuffled
 
 CHAIN = """g (float[1,16,8,8] x) => (y, s) <float[16,16,3,3] w, float[16] b> {

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from ..errors import DataError, nearest
-from ..model import Model, tensor_type
+from ..graph import tensor_type
+from ..model import Model
 
 log = logging.getLogger("qdq_surgeon")
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from ..edges import count
 from ..errors import ModelError
-from ..model import Graph, Model, Node
+from ..graph import Graph, Node
+from ..model import Model
 from ..rules.commuting import moved_from
 from .ranges import _ENTROPY_BINS, DEFAULT_PERCENTILE, range_method
 from .statistics import BUCKET_EDGES, FIRST_NON_FINITE, Statistic, Statistics

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
 from ..errors import DataError, ModelError, QdqError, nearest
-from ..model import all_nodes
+from ..graph import all_nodes
 from .feeds import Batch, Trial
 
 log = logging.getLogger("qdq_surgeon")

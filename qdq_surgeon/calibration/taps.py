@@ -23,7 +23,8 @@ import psutil
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from ..model import Graph, Model, Node, all_nodes
+from ..graph import Graph, Node, all_nodes
+from ..model import Model
 from .feeds import Batch
 from .sessions import DEFAULT_PROVIDER, Session, runnable
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ..edges import GRAPH_OUTPUT, Edge, Miss, Plan, Site
 from ..errors import FilterError
-from ..model import Graph, Node
+from ..graph import Graph, Node
 from ..rules.filters import named, nearest_node
 
 

@@ -6,7 +6,7 @@ quantizing its input or its output gives the same; max pooling and data movement
 
 from __future__ import annotations
 
-from ..model import Graph, Node
+from ..graph import Graph, Node
 
 MOVES = frozenset(
     {

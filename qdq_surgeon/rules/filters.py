@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 from ..errors import FilterError, nearest
-from ..model import Graph, Node
+from ..graph import Graph, Node
 
 Selection: TypeAlias = "str | Callable[[Node], bool] | Iterable[str | Callable[[Node], bool]]"
 

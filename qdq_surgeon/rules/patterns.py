@@ -26,7 +26,7 @@ import onnx
 
 from ..edges import Edge, count
 from ..errors import PlacementError, nearest
-from ..model import Graph, Node
+from ..graph import Graph, Node
 
 MAX_ORDERS = 256
 """How many orders of a commutative op's inputs are tried: a Sum of thousands is no residual."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from ..edges import GRAPH_OUTPUT, Edge, Kept, Miss, Plan, Read, Share, Site
 from ..errors import PlanError
-from ..model import DATA_FREE_OPS, MIN_OPSET, Graph, Model, Node
+from ..graph import DATA_FREE_OPS, MIN_OPSET, Graph, Node
+from ..model import Model
 from .commuting import moved_from
 from .patterns import Bound, Match, match_input, match_node, root_ops
 from .placement import Condition, Placement, Rule, Selector

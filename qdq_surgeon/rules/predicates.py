@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from ..edges import Edge
-from ..model import DATA_FREE_OPS, Graph, Node
+from ..graph import DATA_FREE_OPS, Graph, Node
 from .commuting import commutes, moved_from
 
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})

@@ -14,8 +14,9 @@ from onnx import ModelProto
 
 from ..edges import count
 from ..errors import PlacementError
+from ..graph import QDQ_OPS, Graph, Node, all_nodes
 from ..insertion import PREFIX, strip_pairs
-from ..model import QDQ_OPS, Graph, Model, Node, Source, all_nodes, load, metadata
+from ..model import Model, Source, load, metadata
 from ..report.tables import table
 from ..rules.commuting import commutes
 from ..rules.placement import DEFAULT, load_placement

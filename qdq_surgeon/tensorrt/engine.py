@@ -22,7 +22,8 @@ from typing import Any, TypeAlias
 from onnx import ModelProto
 
 from ..errors import QdqError, nearest
-from ..model import Source, load, tensor_type
+from ..graph import tensor_type
+from ..model import Source, load
 from .layers import Layer, from_inspector, from_log
 
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"

@@ -17,7 +17,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto
 
 from ..edges import Edge, count
-from ..model import FLOAT_TYPES, HALF_OPSET, HALF_TYPES, MIN_OPSET, QDQ_OPS, Graph, Node, all_nodes
+from ..graph import FLOAT_TYPES, HALF_OPSET, HALF_TYPES, MIN_OPSET, QDQ_OPS, Graph, Node, all_nodes
 from ..rules.commuting import commutes
 from ..rules.predicates import (
     ACTIVATIONS,

@@ -13,7 +13,8 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ..edges import count
-from ..model import FLOAT_TYPES, QDQ_OPS, FreshNames, Graph, Node, Source, all_nodes, load
+from ..graph import FLOAT_TYPES, QDQ_OPS, Graph, Node, all_nodes
+from ..model import FreshNames, Source, load
 from ..rules.commuting import commutes
 from ..scales import to_scale
 from .lint import DEFAULT_TARGET, Finding, lint

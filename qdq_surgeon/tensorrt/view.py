@@ -16,7 +16,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from ..edges import Edge
 from ..errors import ModelError
-from ..model import FLOAT_TYPES, QDQ_OPS, Graph, Node, bodies
+from ..graph import FLOAT_TYPES, QDQ_OPS, Graph, Node, bodies
 from ..rules.commuting import MOVES, commutes
 from ..rules.predicates import WEIGHTED
 

@@ -3,7 +3,8 @@ import pytest
 
 from qdq_surgeon.edges import Edge
 from qdq_surgeon.errors import PlacementError
-from qdq_surgeon.model import Graph, load
+from qdq_surgeon.graph import Graph
+from qdq_surgeon.model import load
 from qdq_surgeon.rules.patterns import (
     MAX_DEPTH,
     captures,

@@ -3,7 +3,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from qdq_surgeon.edges import GRAPH_OUTPUT, Edge
-from qdq_surgeon.model import Graph, load
+from qdq_surgeon.graph import Graph
+from qdq_surgeon.model import load
 from qdq_surgeon.rules.predicates import PAIR_PREDICATES, PREDICATES, Subject, sentence
 from tests.graphs import model
 

@@ -17,6 +17,11 @@ GRAPH_OUTPUT = -1
 PLAN_FORMAT = 1
 
 
+def scoped(scope: tuple[str, ...], name: str) -> str:
+    """A tensor's name, unique in the whole model: with the path of control-flow bodies before it."""
+    return "/".join((*scope, name)) if name else ""
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Edge:
     """One reading of one tensor: input `slot` of the node whose first output is `reader`.
@@ -30,6 +35,11 @@ class Edge:
     slot: int
     op: str = field(default="", compare=False)
     name: str = field(default="", compare=False)
+
+    @property
+    def key(self) -> str:
+        """The reading node's first output, unique in the whole model."""
+        return scoped(self.scope, self.reader)
 
     @property
     def label(self) -> str:

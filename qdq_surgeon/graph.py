@@ -5,6 +5,7 @@ who reads each tensor, element types, shapes, constants. The rules work on it.
 from __future__ import annotations
 
 import contextlib
+from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from .edges import GRAPH_OUTPUT, Edge
+from .edges import GRAPH_OUTPUT, Edge, scoped
 from .errors import ModelError
 
 MIN_OPSET = 13
@@ -43,6 +44,9 @@ NOT_FOLDABLE = frozenset(
 DATA_FREE_OPS = frozenset({"Shape", "Size"})
 """Ops that read a float tensor without its values."""
 
+CONTROL_OPS = frozenset({"If", "Loop", "Scan"})
+"""The ops whose bodies are planned."""
+
 _SKELETON_BYTES = 4096
 
 
@@ -50,7 +54,8 @@ _SKELETON_BYTES = 4096
 class Node:
     """One node. `op` carries the domain where it is not ONNX's own: 'com.microsoft::FusedConv'.
 
-    `edges` holds the edge of each input slot, `captured` the outer tensors that its control-flow bodies read.
+    Tensors inside a control-flow body go by their name with the body's scope before it. `edges` holds the edge of
+    each input slot, `captured` the outer tensors that the node's own bodies read, `results` what its bodies give.
     """
 
     op: str
@@ -61,14 +66,33 @@ class Node:
     edges: tuple[Edge, ...]
     captured: tuple[str, ...]
     proto: NodeProto
+    scope: tuple[str, ...] = ()
+    results: tuple[str, ...] = ()
 
     @staticmethod
-    def of(proto: NodeProto) -> Node:
+    def of(proto: NodeProto, scope: _Scope | None = None) -> Node:
+        scope = scope or _Scope(onnx.GraphProto())
         op = proto.op_type if proto.domain in ("", "ai.onnx") else f"{proto.domain}::{proto.op_type}"
         first = first_output_of(proto)
-        edges = tuple(Edge((), first, slot, op, proto.name) for slot in range(len(proto.input)))
-        captured = tuple(dict.fromkeys(tensor for tensor, _ in _captured_edges(proto, ())))
-        return Node(op, proto.name, tuple(proto.input), tuple(proto.output), first, edges, captured, proto)
+        edges = tuple(Edge(scope.path, first, slot, op, proto.name) for slot in range(len(proto.input)))
+        captured = tuple(dict.fromkeys(scope.key(tensor) for tensor, _ in _captured_edges(proto, scope.path)))
+        return Node(
+            op,
+            proto.name,
+            tuple(map(scope.key, proto.input)),
+            tuple(map(scope.key, proto.output)),
+            scope.key(first),
+            edges,
+            captured,
+            proto,
+            scope.path,
+            tuple(key for inner in scope.inner(proto) for key in inner.results),
+        )
+
+    @property
+    def own_edge(self) -> Edge:
+        """An edge that a report can point to for the whole node, inputs or none."""
+        return Edge(self.scope, first_output_of(self.proto), 0, self.op, self.name)
 
     @property
     def label(self) -> str:
@@ -82,31 +106,92 @@ class Node:
         return _default(self.proto.op_type, self.proto.domain, name)
 
 
+class _Scope:
+    """The names that can be read in one graph: its own, and those of the graphs around it."""
+
+    def __init__(self, graph: onnx.GraphProto, path: tuple[str, ...] = (), outer: _Scope | None = None) -> None:
+        self.graph = graph
+        self.path = path
+        local = _local_names(graph) if outer else ()
+        own = {name: scoped(path, name) for name in local}
+        self._keys: ChainMap[str, str] = outer._keys.new_child(own) if outer else ChainMap(own)
+
+    def key(self, name: str) -> str:
+        """The name by which the whole model knows a tensor that is read here."""
+        return self._keys.get(name, name)
+
+    def inner(self, node: NodeProto) -> list[_Scope]:
+        """The scopes of a control-flow node's bodies."""
+        if node.op_type not in CONTROL_OPS or node.domain not in ("", "ai.onnx"):
+            return []
+        first = first_output_of(node)
+        return [_Scope(body, (*self.path, f"{first}.{name}"), self) for name, body in bodies(node)]
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        return tuple(self.key(value.name) for value in self.graph.output)
+
+
 class Graph:
-    """A read-only view of a model's top graph.
+    """A read-only view of a model's graph, with the bodies of its If, Loop and Scan nodes where `deep` asks for them.
 
     `nodes` holds the nodes that lead to an output, producers first, in an order that follows from the graph's
-    structure alone (depth first from the outputs, inputs by slot). Bodies of If, Loop and Scan are not planned;
-    what they read from outside counts as read by an edge with their scope.
+    structure alone (depth first from the outputs, inputs by slot); the nodes of bodies come before the node that
+    holds them. Tensors inside bodies go by `scoped` names. Without `deep`, what bodies read from outside counts as
+    read by an edge with their scope.
     """
 
-    def __init__(self, proto: ModelProto, folder: Path | None = None) -> None:
+    def __init__(self, proto: ModelProto, folder: Path | None = None, deep: bool = False) -> None:
         self.proto = proto
         self.opset = default_opset(proto)
+        self._deep = deep
         self._quantizable = FLOAT_TYPES if self.opset >= HALF_OPSET else FLOAT_TYPES - HALF_TYPES
         self._folder = str(folder) if folder else ""
-        self._initializers = {tensor.name: tensor for tensor in proto.graph.initializer}
-        self._sparse = {tensor.values.name for tensor in proto.graph.sparse_initializer}
+        self._initializers: dict[str, TensorProto] = {}
+        self._sparse: set[str] = set()
+        self._producers: dict[str, Node] = {}
+        self._homes: dict[str, tuple[tuple[str, ...], str]] = {}
+        self._bodies: dict[str, list[_Scope]] = {}
+        self._scopes: dict[tuple[str, ...], _Scope] = {}
+        self._enter(_Scope(proto.graph))
         fed = [value.name for value in proto.graph.input if value.name not in self._initializers]
         self.inputs: tuple[str, ...] = tuple(fed)
         self.outputs: tuple[str, ...] = tuple(value.name for value in proto.graph.output)
-        self._producers = _producers(proto)
         self.nodes: tuple[Node, ...] = tuple(self._ordered())
         self._positions = {node.first_output: index for index, node in enumerate(self.nodes)}
         self._readers: dict[str, tuple[Edge, ...]] = self._read()
-        self._types, self._shapes, self.notes = _inferred(proto, self.nodes)
+        self._types, self._shapes, self.notes = _inferred(proto, self._top())
         self._complete_types()
         self._constants = self._find_constants()
+
+    def _enter(self, scope: _Scope) -> None:
+        """Take in a graph's nodes and initializers, and those of its bodies."""
+        self._scopes[scope.path] = scope
+        if scope.path:
+            self._homes |= {scope.key(name): (scope.path, name) for name in _local_names(scope.graph)}
+        self._initializers |= {scope.key(tensor.name): tensor for tensor in scope.graph.initializer}
+        self._sparse |= {scope.key(tensor.values.name) for tensor in scope.graph.sparse_initializer}
+        for proto in scope.graph.node:
+            node = Node.of(proto, scope)
+            for output in filter(None, node.outputs):
+                if output in self._producers:
+                    raise ModelError(f"two nodes make the tensor '{output}': it is not a valid ONNX model")
+                self._producers[output] = node
+            if self._deep and node.results:
+                self._bodies[node.first_output] = scope.inner(proto)
+            for inner in self._bodies.get(node.first_output, ()):
+                self._enter(inner)
+
+    def _top(self) -> list[Node]:
+        return [node for node in self.nodes if not node.scope]
+
+    def home(self, tensor: str) -> tuple[tuple[str, ...], str]:
+        """The scope in which a tensor is made or declared, and its name there."""
+        return self._homes.get(tensor, ((), tensor))
+
+    def key(self, scope: tuple[str, ...], name: str) -> str:
+        """The name by which the whole model knows what is called `name` in a scope."""
+        return self._scopes[scope].key(name)
 
     def producer(self, tensor: str) -> Node | None:
         """The node that makes `tensor`; None for graph inputs and initializers."""
@@ -117,10 +202,10 @@ class Graph:
         return self._readers.get(tensor, ())
 
     def reading_node(self, edge: Edge) -> Node | None:
-        """The node of an edge of the top graph; None for a graph output and for control-flow bodies."""
-        if edge.scope or edge.slot == GRAPH_OUTPUT:
+        """The node of an edge; None for the output of a graph or body (and, unless `deep`, inside bodies)."""
+        if edge.slot == GRAPH_OUTPUT or (edge.scope and not self._deep):
             return None
-        return self._producers.get(edge.reader)
+        return self._producers.get(edge.key)
 
     def position(self, tensor: str) -> int:
         """Where in `nodes` the tensor is made; -1 for graph inputs and initializers."""
@@ -145,7 +230,7 @@ class Graph:
 
     def shapes_for(self, fed: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int | None, ...]]:
         """The dimensions of all tensors when the inputs have these shapes, as far as inference finds them."""
-        return _inferred(self.proto, self.nodes, fed)[1]
+        return _inferred(self.proto, self._top(), fed)[1]
 
     def value(self, tensor: str) -> NDArray[Any]:
         """The value of a constant tensor. Raises ModelError where it cannot be computed."""
@@ -175,11 +260,13 @@ class Graph:
             name = pending.pop()
             node = self._producers.get(name)
             if name in self._initializers:
-                leaves[name] = self._initializers[name]
+                leaves[name] = TensorProto()
+                leaves[name].CopyFrom(self._initializers[name])
+                leaves[name].name = name
             elif node is not None and node.first_output not in chain:
                 chain[node.first_output] = node
                 pending.extend(node.inputs)
-        protos = [chain[name].proto for name in sorted(chain, key=self._positions.__getitem__)]
+        protos = [_with_keys(chain[name]) for name in sorted(chain, key=self._positions.__getitem__)]
         output = helper.make_tensor_value_info(tensor, self._types.get(tensor, TensorProto.FLOAT), None)
         graph = helper.make_graph(protos, "fold", [], [output], initializer=list(leaves.values()))
         try:
@@ -192,7 +279,7 @@ class Graph:
     def _ordered(self) -> Iterator[Node]:
         done: set[str] = set()
         open_: set[str] = set()
-        known = set(self.inputs) | self._initializers.keys() | self._sparse
+        known = set(self.inputs) | self._initializers.keys() | self._sparse | self._homes.keys()
         stack = [(name, False) for name in reversed(self.outputs)]
         while stack:
             tensor, leaving = stack.pop()
@@ -212,7 +299,10 @@ class Graph:
                 raise ModelError(f"the graph has a cycle through {node.label}: it is not a valid ONNX model")
             open_.add(key)
             stack.append((tensor, True))
-            stack.extend((name, False) for name in reversed((*node.inputs, *node.captured)) if name)
+            stack.extend((name, False) for name in reversed(self._needs(node)) if name)
+
+    def _needs(self, node: Node) -> tuple[str, ...]:
+        return (*node.inputs, *node.captured, *(node.results if self._deep else ()))
 
     @staticmethod
     def _check_known(tensor: str, known: set[str]) -> None:
@@ -224,12 +314,20 @@ class Graph:
         for node in self.nodes:
             for tensor, edge in zip(node.inputs, node.edges, strict=True):
                 readers.setdefault(tensor, []).append(edge)
-            for tensor, edge in _captured_edges(node.proto, ()):
+            for tensor, edge in self._edges_of_bodies(node):
                 readers.setdefault(tensor, []).append(edge)
         for name in self.outputs:
             readers.setdefault(name, []).append(Edge((), name, GRAPH_OUTPUT))
         readers.pop("", None)
         return {tensor: tuple(edges) for tensor, edges in readers.items()}
+
+    def _edges_of_bodies(self, node: Node) -> Iterator[tuple[str, Edge]]:
+        """What is read inside a node's bodies beside their own nodes: their outputs, or all that comes from outside."""
+        if not self._deep:
+            yield from _captured_edges(node.proto, ())
+        for body in self._bodies.get(node.first_output, ()):
+            for value in body.graph.output:
+                yield body.key(value.name), Edge(body.path, value.name, GRAPH_OUTPUT)
 
     def _complete_types(self) -> None:
         """Where inference stopped (a custom op), inputs and outputs under one type variable share their type."""
@@ -280,15 +378,19 @@ def _dimension(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
     return dim.dim_param or None
 
 
-def _producers(proto: ModelProto) -> dict[str, Node]:
-    producers: dict[str, Node] = {}
-    for node in proto.graph.node:
-        view = Node.of(node)
-        for output in filter(None, node.output):
-            if output in producers:
-                raise ModelError(f"two nodes make the tensor '{output}': it is not a valid ONNX model")
-            producers[output] = view
-    return producers
+def _with_keys(node: Node) -> NodeProto:
+    """The node with the names by which the whole model knows its tensors."""
+    proto = NodeProto()
+    proto.CopyFrom(node.proto)
+    proto.input[:], proto.output[:] = node.inputs, node.outputs
+    return proto
+
+
+def _local_names(graph: onnx.GraphProto) -> set[str]:
+    """What a graph declares or makes itself."""
+    names = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+    names |= {tensor.values.name for tensor in graph.sparse_initializer}
+    return names | {output for node in graph.node for output in node.output if output}
 
 
 def first_output_of(node: NodeProto) -> str:
@@ -318,9 +420,7 @@ def _captured_edges(node: NodeProto, scope: tuple[str, ...]) -> Iterator[tuple[s
     """What the bodies of a control-flow node read from outside, each with the edge that reads it."""
     for name, body in bodies(node):
         inner = (*scope, f"{first_output_of(node)}.{name}")
-        local = {value.name for value in body.input} | {tensor.name for tensor in body.initializer}
-        local |= {tensor.values.name for tensor in body.sparse_initializer}
-        local |= {output for child in body.node for output in child.output}
+        local = _local_names(body)
         for child in body.node:
             first = first_output_of(child)
             reads = [
@@ -351,15 +451,24 @@ def _inferred(
         inferred = skeleton.graph
     types: dict[str, int] = {}
     shapes: dict[str, tuple[int | None, ...]] = {}
-    for value in (*inferred.value_info, *inferred.output, *inferred.input):
-        element, dims = tensor_type(value)
-        if element:
-            types[value.name] = element
-        if dims is not None:
-            shapes[value.name] = tuple(dim if isinstance(dim, int) else None for dim in dims)
-    for tensor in proto.graph.initializer:
-        types[tensor.name], shapes[tensor.name] = tensor.data_type, tuple(tensor.dims)
+    for scope in _all_scopes(_Scope(inferred)):
+        for value in (*scope.graph.value_info, *scope.graph.output, *scope.graph.input):
+            element, dims = tensor_type(value)
+            if element:
+                types[scope.key(value.name)] = element
+            if dims is not None:
+                shapes[scope.key(value.name)] = tuple(dim if isinstance(dim, int) else None for dim in dims)
+    for scope in _all_scopes(_Scope(proto.graph)):
+        for tensor in scope.graph.initializer:
+            types[scope.key(tensor.name)], shapes[scope.key(tensor.name)] = tensor.data_type, tuple(tensor.dims)
     return types, shapes, notes
+
+
+def _all_scopes(scope: _Scope) -> Iterator[_Scope]:
+    yield scope
+    for node in scope.graph.node:
+        for inner in scope.inner(node):
+            yield from _all_scopes(inner)
 
 
 def _state_shapes(graph: onnx.GraphProto, fed: Mapping[str, tuple[int, ...]]) -> None:

@@ -6,7 +6,7 @@ only input slots change; removing the pairs gives the input back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,64 +38,76 @@ def insert_pairs(model: Model, plan: Plan, scales: Scales, version: str) -> Mode
     proto = ModelProto()
     proto.CopyFrom(model.proto)
     names = FreshNames(proto)
-    pairs = [_pair(site, scales.of(site), names, model.opset) for site in scales.sites(plan)]
-    _rewire(proto.graph, pairs)
-    _splice(proto.graph, pairs)
+    pairs = [_pair(site, scales.of(site), model.graph, names) for site in scales.sites(plan)]
+    graphs = dict(_graphs(proto.graph))
+    _rewire(graphs, pairs)
+    for scope, graph in reversed(graphs.items()):  # bodies first: splicing copies the nodes that hold them
+        _splice(graph, [pair for pair in pairs if pair.scope == scope])
     _record(proto, plan, scales, version)
     return proto
 
 
+def _graphs(graph: GraphProto, scope: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], GraphProto]]:
+    """A graph and the bodies in it, each with its scope."""
+    yield scope, graph
+    for node in graph.node:
+        for name, body in bodies(node):
+            yield from _graphs(body, (*scope, f"{first_output_of(node)}.{name}"))
+
+
 @dataclass(frozen=True)
 class _Pair:
-    """A site, its Q and DQ with their constants as a graph of their own, and what that graph writes."""
+    """A site, its Q and DQ with their constants as a graph of their own, where that goes, what it reads and writes."""
 
     site: Site
+    scope: tuple[str, ...]
+    tensor: str
     fragment: GraphProto
     output: str
 
 
-def _pair(site: Site, scale: NDArray[Any], names: FreshNames, opset: int) -> _Pair:
-    tensor = gs.Variable(site.tensor, dtype=scale.dtype)
+def _pair(site: Site, scale: NDArray[Any], graph: Graph, names: FreshNames) -> _Pair:
+    scope, name = graph.home(site.tensor)
+    tensor = gs.Variable(name, dtype=scale.dtype)
     constants = [
-        gs.Constant(names.fresh(f"{site.tensor}_scale"), scale),
-        gs.Constant(names.fresh(f"{site.tensor}_zero_point"), np.zeros(scale.shape, np.int8)),
+        gs.Constant(names.fresh(f"{name}_scale"), scale),
+        gs.Constant(names.fresh(f"{name}_zero_point"), np.zeros(scale.shape, np.int8)),
     ]
-    quantized = gs.Variable(names.fresh(f"{site.tensor}_quantized"), dtype=np.int8)
-    dequantized = gs.Variable(names.fresh(f"{site.tensor}_dequantized"), dtype=scale.dtype)
+    quantized = gs.Variable(names.fresh(f"{name}_quantized"), dtype=np.int8)
+    dequantized = gs.Variable(names.fresh(f"{name}_dequantized"), dtype=scale.dtype)
     attributes = {} if site.axis is None else {"axis": site.axis}
     nodes = [
-        gs.Node(op, names.fresh(f"{site.tensor}_{op}"), attributes, [read, *constants], [written])
+        gs.Node(op, names.fresh(f"{name}_{op}"), attributes, [read, *constants], [written])
         for op, read, written in (
             ("QuantizeLinear", tensor, quantized),
             ("DequantizeLinear", quantized, dequantized),
         )
     ]
-    graph = gs.Graph(nodes, inputs=[tensor], outputs=[dequantized], opset=opset)
-    fragment = gs.export_onnx(graph).graph
+    fragment = gs.export_onnx(gs.Graph(nodes, inputs=[tensor], outputs=[dequantized], opset=graph.opset)).graph
     rules = ", ".join(dict.fromkeys(read.rule for read in site.reads))
     for node in fragment.node:
         node.metadata_props.add(key=RULE_KEY, value=rules)
-    return _Pair(site, fragment, dequantized.name)
+    return _Pair(site, scope, name, fragment, dequantized.name)
 
 
-def _rewire(graph: GraphProto, pairs: list[_Pair]) -> None:
+def _rewire(graphs: Mapping[tuple[str, ...], GraphProto], pairs: list[_Pair]) -> None:
     """Let every edge of a site read the pair's output."""
-    nodes = {first_output_of(node): node for node in graph.node}
+    nodes = {(scope, first_output_of(node)): node for scope, graph in graphs.items() for node in graph.node}
     for pair in pairs:
         for edge in pair.site.edges:
-            nodes[edge.reader].input[edge.slot] = pair.output
+            nodes[edge.scope, edge.reader].input[edge.slot] = pair.output
 
 
 def _splice(graph: GraphProto, pairs: list[_Pair]) -> None:
     """Put each pair behind the node that makes its tensor; pairs on inputs and initializers go to the front."""
     waiting: dict[str, list[_Pair]] = {}
     for pair in pairs:
-        waiting.setdefault(pair.site.tensor, []).append(pair)
+        waiting.setdefault(pair.tensor, []).append(pair)
         graph.initializer.MergeFrom(pair.fragment.initializer)
     made = {output for node in graph.node for output in node.output}
     spliced = GraphProto()
     for pair in pairs:
-        if pair.site.tensor not in made:
+        if pair.tensor not in made:
             spliced.node.MergeFrom(pair.fragment.node)
     for original in graph.node:
         spliced.node.append(original)
@@ -122,31 +134,39 @@ def _record(proto: ModelProto, plan: Plan, scales: Scales, version: str) -> None
         proto.metadata_props.add(key=PREFIX + key, value=value)
 
 
-def strip_pairs(quantized: ModelProto) -> ModelProto:
+def strip_pairs(quantized: ModelProto, readers: Collection[str] | None = None) -> ModelProto:
     """A copy of a Q/DQ model, from any producer, without its pairs: the float model that it stands for.
 
     What read a DequantizeLinear reads what was quantized; a weight stored as integers becomes the float initializer
-    that its DequantizeLinear makes. Pairs inside control-flow bodies stay, and so do a Q and a DQ with other nodes
-    between. Where a producer let saturation stand for a Relu, that Relu is gone. Raises ModelError for stored
-    weights with a scale per block.
+    that its DequantizeLinear makes. `readers` (first outputs of nodes) leaves the pairs that only others read.
+    A Q and a DQ with other nodes between stay. Where a producer let saturation stand for a Relu, that Relu is gone.
+    Raises ModelError for stored weights with a scale per block.
     """
-    view = Graph(quantized)
+    view = Graph(quantized, deep=True)
     proto = ModelProto()
     proto.CopyFrom(quantized)
-    graph = proto.graph
+    for scope, graph in reversed(list(_graphs(proto.graph))):
+        _strip(graph, scope, view, readers)
+    _replace(proto.metadata_props, [entry for entry in proto.metadata_props if not entry.key.startswith(PREFIX)])
+    return proto
+
+
+def _strip(graph: GraphProto, scope: tuple[str, ...], view: Graph, readers: Collection[str] | None) -> None:
     sources: dict[str, str] = {}
     casts: dict[str, NodeProto] = {}
+    weights: list[TensorProto] = []
     for node in (node for node in graph.node if node.op_type == "DequantizeLinear"):
-        maker = view.producer(node.input[0])
+        stored = view.key(scope, node.input[0])
+        maker = view.producer(stored)
         output = node.output[0]
         if maker is not None and maker.op == "QuantizeLinear":
-            sources[output] = maker.inputs[0]
-            types = [view.element_type(name) for name in (maker.inputs[1], node.input[1])]
+            sources[output] = maker.proto.input[0]
+            types = [view.element_type(name) for name in (maker.inputs[1], view.key(scope, node.input[1]))]
             if types[0] != types[1]:  # the pair leads from one float type to another
                 casts[output] = helper.make_node("Cast", [sources.pop(output)], [output], to=types[1])
-        elif view.is_constant(node.input[0]):
+        elif view.is_constant(stored):
             sources[output] = output
-            graph.initializer.append(_dequantized(node, view))
+            weights.append(_dequantized(node, scope, view))
     _redirect([graph], {name: _origin(name, sources) for name in sources})
     for cast in casts.values():
         cast.input[0] = _origin(cast.input[0], sources)
@@ -155,25 +175,22 @@ def strip_pairs(quantized: ModelProto) -> ModelProto:
     for output in (output.name for output in graph.output if sources.get(output.name, output.name) != output.name):
         kept.append(NodeProto(op_type="Identity", input=[_origin(output, sources)], output=[output]))
     read = _names_used(kept, graph)
+    ours = {name for node in graph.node if node.op_type in QDQ_OPS for name in node.input}
     _replace(graph.node, [node for node in kept if node.op_type != "QuantizeLinear" or node.output[0] in read])
     read = _names_used(graph.node, graph)
-    ours = {name for node in quantized.graph.node if node.op_type in QDQ_OPS for name in node.input}
-    _replace(
-        graph.initializer, [tensor for tensor in graph.initializer if tensor.name in read or tensor.name not in ours]
-    )
-    _replace(proto.metadata_props, [entry for entry in proto.metadata_props if not entry.key.startswith(PREFIX)])
-    return proto
+    initializers = [tensor for tensor in graph.initializer if tensor.name in read or tensor.name not in ours]
+    _replace(graph.initializer, [*initializers, *weights])
 
 
 def _names_used(nodes: Iterable[NodeProto], graph: GraphProto) -> set[str]:
     return {name for node in nodes for name in _names_read(node)} | {output.name for output in graph.output}
 
 
-def _dequantized(node: NodeProto, view: Graph) -> TensorProto:
+def _dequantized(node: NodeProto, scope: tuple[str, ...], view: Graph) -> TensorProto:
     """The float weight that a DQ makes from stored integers: (value - zero point) * scale along its axis."""
     if any(item.name == "block_size" and item.i for item in node.attribute):
         raise ModelError(f"the weight '{node.input[0]}' has a scale per block, which is not an INT8 Q/DQ model")
-    value, scale, *rest = (view.value(name) for name in node.input if name)
+    value, scale, *rest = (view.value(view.key(scope, name)) for name in node.input if name)
     axis = next((item.i for item in node.attribute if item.name == "axis"), 1)
     shape = (
         [-1 if index == axis % value.ndim else 1 for index in range(value.ndim)] if scale.size > 1 else [1] * value.ndim

@@ -62,7 +62,7 @@ class Model:
 
     @cached_property
     def graph(self) -> Graph:
-        return Graph(self.proto, self.path.parent if self.path else None)
+        return Graph(self.proto, self.path.parent if self.path else None, deep=True)
 
     @cached_property
     def opset(self) -> int:

@@ -35,7 +35,7 @@ class _Teller:
         self._kept: dict[Edge, str] = {item.edge: item.rule for item in plan.kept}
         self._misses: defaultdict[str, list[Miss]] = defaultdict(list)
         for miss in plan.misses:
-            self._misses[miss.edge.reader].append(miss)
+            self._misses[miss.edge.key].append(miss)
 
     def story(self, node: Node) -> Iterator[str]:
         yield node.label

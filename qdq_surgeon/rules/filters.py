@@ -49,7 +49,9 @@ def _selected(graph: Graph, selection: Selection, filter_name: str) -> set[str]:
 
 def named(graph: Graph, text: str) -> set[str]:
     """The first outputs of the nodes that go by `text`: a node's name, one of its outputs, or a glob over these."""
-    exact = {node.first_output for node in graph.nodes if text == node.name or text in node.outputs}
+    exact = {
+        node.first_output for node in graph.nodes if text == node.name or text in (*node.outputs, *node.proto.output)
+    }
     if exact or not any(character in text for character in "*?["):
         return exact
     return {

@@ -155,9 +155,9 @@ class _Planner:
             return
         captured = self._edges(tuple(selector for selector in rule.quantize if not selector.outputs), match)
         vetoed = node is not None and node.first_output in self._out
-        vetoed = vetoed or any(edge.reader in self._out for edge in captured)
+        vetoed = vetoed or any(edge.key in self._out for edge in captured)
         for edge in wanted:
-            out = edge.reader in self._out or (vetoed and edge in captured)
+            out = edge.key in self._out or (vetoed and edge in captured)
             decision = _Decision(FILTER_RULE if out else rule.name, not out, None if out else self._axis(edge, axes))
             self._decided.setdefault(edge, decision)
         if vetoed:
@@ -208,7 +208,8 @@ class _Planner:
         return tuple(edges)
 
     def _can_read_pair(self, edge: Edge) -> bool:
-        return edge.slot != GRAPH_OUTPUT and not edge.scope and edge.op not in DATA_FREE_OPS
+        node = self.graph.reading_node(edge)
+        return node is not None and not node.results and node.op not in DATA_FREE_OPS
 
     def _axis(self, edge: Edge, axes: Mapping[Edge, int]) -> int | None:
         """The channel axis of an edge's weight, counted from 0; None for per tensor (always so below opset 13)."""
@@ -218,7 +219,7 @@ class _Planner:
 
     def _tensor(self, edge: Edge) -> str:
         node = self.graph.reading_node(edge)
-        return node.inputs[edge.slot] if node else edge.reader
+        return node.inputs[edge.slot] if node else edge.key
 
     def plan(self, model: Model, placement: Placement) -> Plan:
         reads: dict[tuple[str, int | None], list[Read]] = {}
@@ -274,9 +275,7 @@ class _Planner:
         """In the order of the nodes, each with the one edge of its node that a report can point to."""
         for missed in sorted(self._missed, key=lambda missed: self.graph.position(missed.node.first_output)):
             near = any(edge not in self._decided and self.graph.is_float(self._tensor(edge)) for edge in missed.wanted)
-            node = missed.node
-            edge = Edge((), node.first_output, 0, node.op, node.name)
-            yield Miss(missed.rule.name, edge, missed.reason, near)
+            yield Miss(missed.rule.name, missed.node.own_edge, missed.reason, near)
 
 
 def _bound(match: Match, name: str) -> Bound:

@@ -75,7 +75,7 @@ class Node:
         op = proto.op_type if proto.domain in ("", "ai.onnx") else f"{proto.domain}::{proto.op_type}"
         first = first_output_of(proto)
         edges = tuple(Edge(scope.path, first, slot, op, proto.name) for slot in range(len(proto.input)))
-        captured = tuple(dict.fromkeys(scope.key(tensor) for tensor, _ in _captured_edges(proto, scope.path)))
+        captured = tuple(dict.fromkeys(scope.key(tensor) for tensor, _ in captured_edges(proto, scope.path)))
         return Node(
             op,
             proto.name,
@@ -324,7 +324,7 @@ class Graph:
     def _edges_of_bodies(self, node: Node) -> Iterator[tuple[str, Edge]]:
         """What is read inside a node's bodies beside their own nodes: their outputs, or all that comes from outside."""
         if not self._deep:
-            yield from _captured_edges(node.proto, ())
+            yield from captured_edges(node.proto, ())
         for body in self._bodies.get(node.first_output, ()):
             for value in body.graph.output:
                 yield body.key(value.name), Edge(body.path, value.name, GRAPH_OUTPUT)
@@ -416,7 +416,7 @@ def all_nodes(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[NodeProto
             yield from all_nodes(body)
 
 
-def _captured_edges(node: NodeProto, scope: tuple[str, ...]) -> Iterator[tuple[str, Edge]]:
+def captured_edges(node: NodeProto, scope: tuple[str, ...]) -> Iterator[tuple[str, Edge]]:
     """What the bodies of a control-flow node read from outside, each with the edge that reads it."""
     for name, body in bodies(node):
         inner = (*scope, f"{first_output_of(node)}.{name}")
@@ -426,7 +426,7 @@ def _captured_edges(node: NodeProto, scope: tuple[str, ...]) -> Iterator[tuple[s
             reads = [
                 (tensor, Edge(inner, first, slot, child.op_type, child.name)) for slot, tensor in enumerate(child.input)
             ]
-            reads += _captured_edges(child, inner)
+            reads += captured_edges(child, inner)
             yield from (read for read in reads if read[0] and read[0] not in local)
         for value in body.output:
             if value.name not in local:

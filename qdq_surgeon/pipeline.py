@@ -170,7 +170,7 @@ def _in_float16(result: Result, source: Model, split: Split, io: bool) -> Result
 def _largest(source: Model, batches: Iterable[Batch]) -> dict[str, float]:
     """The largest finite |x| of every float activation over a few samples."""
     graph = source.graph
-    made = [output for node in graph.nodes for output in node.outputs if graph.is_float(output)]
+    made = [output for node in graph.nodes if not node.scope for output in node.outputs if graph.is_float(output)]
     samples = Split(Feeds(iter(batches), ""), RANGE_SAMPLES, hold_out=False, keep=False)
     found = collect(source, [name for name in made if not graph.is_constant(name)], samples, ranges_only=True)
     return {name: statistic.amax for name, statistic in found.tensors.items()}

@@ -84,8 +84,9 @@ def choose_scales(model: Model, plan: Plan, statistics: Statistics, method: str 
     if statistics.model_digest != model.digest:
         raise PlanError("the statistics belong to another model: calibrate this one")
     threshold = range_method(method)
-    groups = _Groups(plan, statistics, threshold)
-    dropped = dict(groups.drop_what_cannot_share())
+    idle = _never_run(model.graph, plan, statistics)
+    groups = _Groups(plan, statistics, threshold, idle)
+    dropped = _edges_without_range(plan, idle) | dict(groups.drop_what_cannot_share())
     amax: dict[str, float] = groups.thresholds()
     values: dict[tuple[str, int | None], NDArray[Any]] = {}
     for site in plan.sites:
@@ -96,6 +97,23 @@ def choose_scales(model: Model, plan: Plan, statistics: Statistics, method: str 
         scale.setflags(write=False)
         values[site.tensor, site.axis] = scale
     return Scales(method, statistics.origin, model.digest, values, dropped)
+
+
+def _never_run(graph: Graph, plan: Plan, statistics: Statistics) -> frozenset[str]:
+    """The tensors inside control-flow bodies that calibration never reached."""
+    return frozenset(
+        name
+        for name in tensors_to_calibrate(plan)
+        if graph.home(name)[0] and name in statistics.tensors and statistics.tensors[name].is_empty
+    )
+
+
+def _edges_without_range(plan: Plan, idle: frozenset[str]) -> dict[Edge, str]:
+    """The edges that stay float for want of a range, with all others of the same nodes: none is half quantized."""
+    bases = _Chains(plan).bases
+    nodes = {edge.key for site in plan.sites if bases.get(site.tensor) in idle for edge in site.edges}
+    reason = "calibration never ran this part of the graph"
+    return {edge: reason for site in plan.sites for edge in site.edges if edge.key in nodes}
 
 
 def to_scale(amax: NDArray[Any], element_type: int) -> NDArray[Any]:
@@ -130,7 +148,9 @@ class _Chains:
 class _Groups:
     """Union-find over the tops of the chains; each group will have one scale."""
 
-    def __init__(self, plan: Plan, statistics: Statistics, threshold: RangeMethod) -> None:
+    def __init__(
+        self, plan: Plan, statistics: Statistics, threshold: RangeMethod, idle: frozenset[str] = frozenset()
+    ) -> None:
         self._plan = plan
         self._threshold = threshold
         self._chains = _Chains(plan)
@@ -142,6 +162,8 @@ class _Groups:
             statistic = statistics.tensors.get(base)
             if statistic is None:
                 raise PlanError(f"the statistics lack the tensor '{base}': calibrate with this plan")
+            if base in idle:
+                continue
             if not statistic.count:
                 raise DataError(f"'{base}' never held a finite number during calibration: check data and model")
             self._statistics[self._chains.tops[base]].append(statistic)
@@ -170,7 +192,8 @@ class _Groups:
             root = self._find(self._chains.tops[tensor])
             known[root] = max(known.get(root, 0.0), reach)
         chosen = {root: known.get(root) or self._together(tops) for root, tops in members.items()}
-        return {tensor: chosen[self._find(top)] for tensor, top in self._chains.tops.items()}
+        roots = {tensor: self._find(top) for tensor, top in self._chains.tops.items()}
+        return {tensor: chosen[root] for tensor, root in roots.items() if root in chosen}
 
     def _together(self, tops: list[str]) -> float:
         if len(tops) == 1:

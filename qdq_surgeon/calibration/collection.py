@@ -81,8 +81,7 @@ class _Run:
 
     def count(self, piece: Batch, index: int, reader: Reader) -> int:
         """Feed some samples of batch `index`; how many they were."""
-        for name, values in reader.read(piece):
-            self._counted[name].add(values, index)
+        reader.run(piece, lambda name, values: self._counted[name].add(values, index))
         return self.pass_over(piece)
 
     def pass_over(self, piece: Batch) -> int:

@@ -56,6 +56,11 @@ class Statistic:
         """The largest |x|; 0 when no finite value was seen."""
         return max(-self.minimum, self.maximum) if self.count else 0.0
 
+    @property
+    def is_empty(self) -> bool:
+        """True where no value at all was seen."""
+        return not (self.count or self.non_finite)
+
     def __or__(self, other: Statistic) -> Statistic:
         """The statistic of both sets of values together. Exact, associative and commutative."""
         known = self.histogram is not None and other.histogram is not None
@@ -104,12 +109,16 @@ class Statistics:
     origin: Origin
 
     def __or__(self, other: Statistics) -> Statistics:
-        """Both runs together: exact, in any order and grouping. Raises PlanError where they do not belong together."""
+        """Both runs together: exact, in any order and grouping.
+
+        Raises PlanError where they do not belong together, DataError for the same data twice.
+        """
         if self.model_digest != other.model_digest:
             raise PlanError("these statistics belong to different models: merge those of one model")
         missing = sorted(self.tensors.keys() ^ other.tensors.keys())
         if missing:
             raise PlanError(f"some of these statistics lack '{missing[0]}': calibrate all with one placement")
+        _check_once([self, other])
         merged = {name: statistic | other.tensors[name] for name, statistic in self.tensors.items()}
         return Statistics(merged, self.model_digest, self.origin | other.origin)
 
@@ -161,11 +170,15 @@ class Statistics:
 
 def merged(parts: list[Statistics]) -> Statistics:
     """All of them together. Raises PlanError where two do not belong together, DataError for the same data twice."""
+    _check_once(parts)
+    return functools.reduce(operator.or_, parts)
+
+
+def _check_once(parts: list[Statistics]) -> None:
     digests = [part.origin.digest for part in parts]
-    doubled = next((part for part in parts if digests.count(part.origin.digest) > 1), None)
+    doubled = next((part for part in parts if part.origin.digest and digests.count(part.origin.digest) > 1), None)
     if doubled:
         raise DataError(f"the same samples of {doubled.origin.data} are there twice: merge each part once")
-    return functools.reduce(operator.or_, parts)
 
 
 def _span(histogram: NDArray[np.int64] | None) -> tuple[int, int]:

@@ -13,8 +13,9 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ import psutil
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from ..graph import Graph, Node, all_nodes
+from ..errors import DataError
+from ..graph import Graph, Node, all_nodes, bodies
 from ..model import Model
 from .feeds import Batch
+from .flow import Flow, Values, Visit
 from .sessions import DEFAULT_PROVIDER, Session, runnable
 
 RUN_BYTES = 256 << 20
@@ -57,14 +60,39 @@ class _Stage:
     inputs: tuple[str, ...]
     tapped: Mapping[str, str]
     passed: tuple[str, ...]
-    """What later stages read."""
+    """What later stages read, or the caller wants."""
+
+    def run(self, values: Values, batch: Batch, visit: Visit) -> dict[str, Any]:
+        """Run the part on what it reads, and give what it passes on."""
+        names = list(dict.fromkeys((*self.tapped.values(), *self.passed)))
+        feed = {name: values[name] for name in self.inputs}
+        for outputs in self.session.run(replace(batch, feed=feed, along=batch.along & set(feed)), names):
+            found = dict(zip(names, outputs, strict=True))
+            for tensor, name in self.tapped.items():
+                visit(tensor, found[name])
+        return {name: found[name] for name in self.passed}
+
+
+@dataclass(frozen=True)
+class _FlowStage:
+    """A control-flow node with tensors to read inside."""
+
+    flow: Flow
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return self.flow.inputs
+
+    def run(self, values: Values, batch: Batch, visit: Visit) -> dict[str, Any]:
+        return self.flow.run(values, visit)
 
 
 class Reader:
-    """Runs the float model and gives the tensors of every run. Several threads may read at once. Close it after use.
+    """Runs the float model and shows the tensors of every run. Several threads may run it at once.
 
-    `rows` samples are best fed together, and `workers` threads may read at a time: what the first batch tells, in
-    `memory` bytes for the whole process (None: RUN_BYTES for the tensors alone).
+    `rows` samples are best fed together, and `workers` threads may run at a time: what the first batch tells, in
+    `memory` bytes for the whole process (None: RUN_BYTES for the tensors alone). `results` are tensors that `run`
+    gives back.
     """
 
     def __init__(
@@ -74,54 +102,65 @@ class Reader:
         first: Batch,
         provider: str = DEFAULT_PROVIDER,
         memory: int | None = None,
+        results: Sequence[str] = (),
     ) -> None:
         self._graph = model.graph
         self._fed = frozenset(model.graph.inputs) & set(tensors)
         self._names = [name for name in tensors if name not in self._fed]
-        self._nodes = _leading_to(model.graph, self._names)
+        self._results = frozenset(results)
+        self._flows = _flows(model.graph, self._names)
+        self._nodes = _leading_to(model.graph, (*self._names, *self._flows, *results))
         self._provider = provider
         self._memory = memory
-        self._stages: list[_Stage] = []
+        self._lock = threading.Lock()
+        self._stages: list[_Stage | _FlowStage] = []
         self.rows, self.workers = first.samples, 1
         with tempfile.TemporaryDirectory(prefix="qdq_surgeon.", ignore_cleanup_errors=True) as folder:
             self._store = _Store(model.graph, Path(folder), self._nodes)
-            if self._names:
-                self._open(first.part(0, 1))
+            if self._nodes:
+                self._open(first)
+            if self.rows < first.samples and not self._runs(first.part(0, self.rows)):
+                self.rows = sys.maxsize
 
-    def read(self, batch: Batch) -> Iterator[tuple[str, Array]]:
-        """Run one batch; the tensors as they come: name and values, in no particular layout."""
+    def run(self, batch: Batch, visit: Visit) -> Values:
+        """Run one batch. `visit` takes the tensors as they come: name and values, in no particular layout."""
         for name in self._fed:
-            yield name, batch.feed[name]
-        values = dict(batch.feed)
+            visit(name, batch.feed[name])
+        values: dict[str, Any] = dict(batch.feed)
         for index, stage in enumerate(self._stages):
-            names = list(dict.fromkeys((*stage.tapped.values(), *stage.passed)))
-            along = batch.along if index == 0 else frozenset()
-            feed = Batch({name: values[name] for name in stage.inputs}, batch.samples, along & set(stage.inputs))
-            for outputs in stage.session.run(feed, names):
-                values.update(zip(names, outputs, strict=True))
-                for tensor, name in stage.tapped.items():
-                    yield tensor, values[name]
-            ahead = {name for later in self._stages[index + 1 :] for name in later.inputs}
-            values = {name: array for name, array in values.items() if name in ahead}
+            values |= stage.run(values, batch, visit)
+            wanted = {name for later in self._stages[index + 1 :] for name in later.inputs} | self._results
+            values = {name: array for name, array in values.items() if name in wanted}
             if self._stages[1:]:
-                outputs = []
                 _give_back()
         self._check_memory()
+        return values
 
     def _check_memory(self) -> None:
         """Say once that the process takes more than it should."""
         taken = psutil.Process().memory_info().rss
-        if self._memory is not None and taken > self._memory:
-            log.warning(
-                "the run takes %d MB, more than the %d MB allowed: a single layer of one sample needs that much",
-                taken >> 20,
-                self._memory >> 20,
-            )
+        with self._lock:
+            allowed = self._memory
+            if allowed is None or taken <= allowed:
+                return
             self._memory = None
+        log.warning(
+            "the run takes %d MB, more than the %d MB allowed: a single layer of one sample needs that much",
+            taken >> 20,
+            allowed >> 20,
+        )
 
-    def _open(self, sample: Batch) -> None:
-        """Size the tensors by one sample, then open as many stages as the budget asks for."""
-        sizes = self._sizes(sample)
+    def _runs(self, part: Batch) -> bool:
+        """True where the model runs on a part of a batch: some want a whole one, whatever their inputs declare."""
+        try:
+            self.run(part, lambda name, array: None)
+        except DataError:
+            return False
+        return True
+
+    def _open(self, first: Batch) -> None:
+        """Size the tensors for one sample, then open as many stages as the budget asks for."""
+        sizes = self._sizes(first)
         total = sum(sizes.values())
         if self._memory is None:
             budget = RUN_BYTES
@@ -132,15 +171,24 @@ class Reader:
         wanted = cores if self._provider == "cpu" else 1
         self.workers = max(1, min(wanted, budget // max(_WORKING * total, 1)))
         self.rows = max(1, RUN_ELEMENTS * 4 // max(total, 1))
-        parts = _cut(self._graph, self._nodes, sizes, budget // _WORKING)
+        parts = _cut(self._graph, self._nodes, sizes, budget // _WORKING, self._flows)
+        if len(parts) > 1:
+            self.rows = 1
         threads = max(1, cores // self.workers)
         for index, part in enumerate(parts):
-            self._stages.append(self._stage(part, parts[index + 1 :], threads, lean=len(parts) > 1))
+            inside = self._flows.get(part[0].first_output)
+            if inside:
+                self._stages.append(_FlowStage(Flow(part[0], self._graph, inside, self._opened)))
+            else:
+                self._stages.append(self._stage(part, parts[index + 1 :], threads, lean=len(parts) > 1))
+
+    def _opened(self, model: Model, tensors: Sequence[str], results: Sequence[str], first: Batch) -> Reader:
+        return Reader(model, tensors, first, self._provider, self._memory, results)
 
     def _stage(self, nodes: list[Node], later: list[list[Node]], threads: int, lean: bool) -> _Stage:
         made = {output for node in nodes for output in node.outputs}
         tapped = [name for name in self._names if name in made]
-        ahead = {name for part in later for name in _reads(self._graph, part)}
+        ahead = {name for part in later for name in _reads(self._graph, part)} | self._results
         passed = sorted((made & ahead) - {name for name in made if self._graph.is_constant(name)})
         path = self._store.write(nodes, list(dict.fromkeys((*tapped, *passed))))
         outputs = {name: name for name in tapped}
@@ -150,18 +198,20 @@ class Reader:
         session = Session(path, as_is=blocked, provider=self._provider, threads=threads, lean=lean)
         return _Stage(session, self._store.inputs(nodes), outputs, tuple(passed))
 
-    def _sizes(self, sample: Batch) -> dict[str, int]:
-        """The bytes of every tensor for one sample: by shape inference, else by running it once."""
-        shapes = self._graph.shapes_for({name: array.shape for name, array in sample.feed.items()})
-        found = {name: size for name in self._names if (size := _size(shapes.get(name))) is not None}
-        unknown = [name for name in self._names if name not in found]
+    def _sizes(self, first: Batch) -> dict[str, int]:
+        """The bytes of every tensor for one sample, or one batch that cannot be cut: by shape inference, else a run."""
+        shapes = self._graph.shapes_for({n: array.shape for n, array in first.feed.items() if hasattr(array, "shape")})
+        names = [name for name in self._names if not self._graph.home(name)[0]]
+        found = {name: size for name in names if (size := _size(shapes.get(name))) is not None}
+        unknown = [name for name in names if name not in found]
         if unknown:
             path = self._store.write(self._nodes, unknown, sizes=True)
             session = Session(path, provider=self._provider)
-            feed = {name: sample.feed[name] for name in self._store.inputs(self._nodes)}
-            outputs = session.run(Batch(feed, sample.samples), list(session.outputs))[0]
-            found |= {name: int(size) for name, size in zip(unknown, outputs, strict=True)}
-        return {name: 4 * size for name, size in found.items()}
+            feed = {name: first.feed[name] for name in self._store.inputs(self._nodes)}
+            runs = session.run(replace(first, feed=feed, along=first.along & set(feed)), list(session.outputs))
+            found |= {name: sum(map(int, sizes)) for name, sizes in zip(unknown, zip(*runs, strict=True), strict=True)}
+        samples = first.samples if first.divisible else 1
+        return {name: 4 * size // samples for name, size in found.items()}
 
 
 def _give_back() -> None:
@@ -182,36 +232,59 @@ def same_values(graph: Graph, tensors: Iterable[str]) -> dict[str, str]:
 
 def _root(graph: Graph, tensor: str) -> str:
     node = graph.producer(tensor)
-    while node is not None and node.op in SAME_VALUES and node.inputs[0]:
+    while node is not None and node.op in SAME_VALUES and graph.home(node.inputs[0])[0] == node.scope:
         tensor = node.inputs[0]
         node = graph.producer(tensor)
     return tensor
 
 
+def _flows(graph: Graph, tensors: Iterable[str]) -> dict[str, list[str]]:
+    """The control-flow nodes of the top graph with tensors inside, by their first output."""
+    holders = {
+        f"{node.first_output}.{name}": node.first_output
+        for node in graph.nodes
+        if node.results and not node.scope
+        for name, _ in bodies(node.proto)
+    }
+    inside: dict[str, list[str]] = {}
+    for tensor in tensors:
+        scope, _ = graph.home(tensor)
+        if scope:
+            inside.setdefault(holders[scope[0]], []).append(tensor)
+    return inside
+
+
 def _leading_to(graph: Graph, tensors: Iterable[str]) -> list[Node]:
+    """The nodes of the top graph that lead to the tensors."""
     wanted, nodes = set(tensors), []
     for node in reversed(graph.nodes):
-        if wanted.intersection(node.outputs):
+        if not node.scope and wanted.intersection(node.outputs):
             nodes.append(node)
-            wanted.update((*node.inputs, *node.captured))
+            wanted.update(filter(None, (*node.inputs, *node.captured)))
     return nodes[::-1]
 
 
 def _reads(graph: Graph, nodes: Iterable[Node]) -> set[str]:
-    """What the nodes read that is not constant."""
-    names = {name for node in nodes for name in (*node.inputs, *node.captured) if name}
-    return {name for name in names if not graph.is_constant(name)}
+    """What the nodes read that is fed or computed from it."""
+    names = {name for node in nodes for name in (*node.inputs, *node.captured)}
+    return {name for name in names if (graph.producer(name) or name in graph.inputs) and not graph.is_constant(name)}
 
 
-def _cut(graph: Graph, nodes: Sequence[Node], sizes: Mapping[str, int], budget: int) -> list[list[Node]]:
-    """Parts of the graph, in order, of which none gives more to read than the budget, if it can be helped."""
+def _cut(
+    graph: Graph, nodes: Sequence[Node], sizes: Mapping[str, int], budget: int, alone: Collection[str]
+) -> list[list[Node]]:
+    """Parts of the graph, in order, of which none gives more to read than the budget, if it can be helped.
+
+    Nodes whose first output is in `alone` get a part of their own.
+    """
     last = {name: index for index, node in enumerate(nodes) for name in _reads(graph, [node])}
     live: set[str] = set()
     parts: list[list[Node]] = [[]]
     held = 0
     for index, node in enumerate(nodes):
         size = sum(sizes.get(name, 0) for name in node.outputs)
-        if held and held + size > budget and all(graph.element_type(name) for name in live):
+        full = held and held + size > budget and all(graph.element_type(name) for name in live)
+        if parts[-1] and (full or node.first_output in alone or parts[-1][-1].first_output in alone):
             parts.append([])
             held = 0
         parts[-1].append(node)

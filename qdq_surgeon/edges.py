@@ -44,7 +44,7 @@ class Edge:
     @property
     def label(self) -> str:
         """The reading node as a person would call it: its op and its name (without one, its first output)."""
-        return f"{self.op} {self.name or self.reader}"
+        return f"{self.op} {scoped(self.scope, self.name or self.reader)}"
 
     def __str__(self) -> str:
         return f"graph output {self.reader}" if self.slot == GRAPH_OUTPUT else f"{self.label}[{self.slot}]"

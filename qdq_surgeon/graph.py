@@ -96,7 +96,7 @@ class Node:
 
     @property
     def label(self) -> str:
-        return f"{self.op} {self.name or self.first_output}"
+        return self.own_edge.label
 
     def attribute(self, name: str) -> Any:
         """The attribute's value, or the schema's default, or None."""

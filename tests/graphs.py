@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import zlib
 from typing import Any
 
@@ -37,6 +38,13 @@ def typed(text: str, opset: int = 17) -> ModelProto:
 def plan_text(proto: ModelProto, placement: str = "tensorrt", **filters: Any) -> str:
     """The plan of a model as `--plan` prints it; `filters` are include, exclude, op_types and predicates."""
     return str(qdq_surgeon.plan(proto, placement=placement, **filters))
+
+
+def decisions(proto: ModelProto, placement: str = "tensorrt", **filters) -> str:
+    """What the plan decides, by rule: its text without the first line, the reasons and the predicates' sentences."""
+    text = plan_text(proto, placement, **filters).partition("\n\n")[2]
+    text = re.sub(r"(?m)^(  [\w#-]+):.*$", r"\1", text)
+    return re.sub(r"(?m)^(    .*' is .*?) \(.*$", r"\1", text)
 
 
 def shuffled(proto: ModelProto, seed: int) -> ModelProto:

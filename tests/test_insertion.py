@@ -410,13 +410,21 @@ def stripped(proto):
     constants = {name for node in graph.node if is_ours(node) for name in node.input[1:]}
     theirs = [node for node in graph.node if not is_ours(node)]
     for node in theirs:
-        for slot, tensor in enumerate(node.input):
-            node.input[slot] = origin(proto, tensor)
+        restore(node, proto)
     constants -= {name for node in theirs for name in names_read(node)}
     replace(graph.node, theirs)
     replace(graph.initializer, [tensor for tensor in graph.initializer if tensor.name not in constants])
     replace(result.metadata_props, [e for e in result.metadata_props if not e.key.startswith("qdq_surgeon.")])
     return result
+
+
+def restore(node, proto):
+    """Let a node, and those in its bodies, read what they read before."""
+    for slot, tensor in enumerate(node.input):
+        node.input[slot] = origin(proto, tensor)
+    for item in node.attribute:
+        for inner in item.g.node:
+            restore(inner, proto)
 
 
 def names_read(node):

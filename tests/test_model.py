@@ -71,8 +71,8 @@ def test_a_body_reads_what_it_captures_by_edges_of_its_own_scope():
         Edge(("y.then_branch",), "p", 1),
         Edge(("y.else_branch",), "a", GRAPH_OUTPUT),
     )
-    assert graph.reading_node(graph.readers("a")[0]) is None
-    assert [node.first_output for node in graph.nodes] == ["a", "y"]
+    assert [node and node.op for node in map(graph.reading_node, graph.readers("a"))] == ["Abs", "Mul", None]
+    assert [node.first_output for node in graph.nodes] == ["a", "y.then_branch/i", "y.then_branch/p", "y"]
 
 
 def test_a_body_inside_a_body_captures_too():

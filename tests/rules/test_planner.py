@@ -14,14 +14,7 @@ from qdq_surgeon.errors import FilterError, PlanError
 from qdq_surgeon.model import load
 from qdq_surgeon.report.explain import explain
 from qdq_surgeon.rules.planner import check_plan
-from tests.graphs import model, plan_text, shuffled
-
-
-def decisions(proto: ModelProto, placement: str = "tensorrt", **filters) -> str:
-    """What the plan decides, by rule: its text without the first line, the reasons and the predicates' sentences."""
-    text = plan_text(proto, placement, **filters).partition("\n\n")[2]
-    text = re.sub(r"(?m)^(  [\w#-]+):.*$", r"\1", text)
-    return re.sub(r"(?m)^(    .*' is .*?) \(.*$", r"\1", text)
+from tests.graphs import decisions, model, plan_text, shuffled
 
 
 def assert_plan(text: str, expected: str, placement: str = "tensorrt", opset: int = 17, **filters) -> None:
@@ -1101,7 +1094,7 @@ def test_a_model_in_half_precision_is_planned_alike():
     assert decisions(model(text, opset=19)) == decisions(model(text.replace("float16", "float")))
 
 
-def test_an_if_that_captures_a_tensor_reads_it_in_float():
+def test_what_an_if_captures_has_one_pair_for_all_its_readers():
     proto = model(
         """g (bool flag, float[1,16,8,8] x) => (y, z) <float[16,16,1,1] w> {
           y = Conv(x, w)
@@ -1114,8 +1107,8 @@ def test_an_if_that_captures_a_tensor_reads_it_in_float():
         """\
         quantized
           conv
-            x -> Conv y[0]
-            w (axis 0) -> Conv y[1]
+            x -> Conv y[0], Conv z.then_branch/a[0]
+            w (axis 0) -> Conv y[1], Conv z.then_branch/a[1]
 
         kept float
           graph-output
@@ -1368,7 +1361,7 @@ def test_out_speaks_of_every_edge_that_can_read_a_pair(placement):
         """
         quantized
           output
-            a -> Mul y[0], Mul y[1]
+            a -> Mul y[0], Mul y[1], Neg z.then_branch/p[0], Abs z.else_branch/q[0]
 
         kept float
           graph-output

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..bfloat16 import widened
 from ..errors import DataError
 from ..model import Model
 from .counting import Accumulator
@@ -129,7 +130,7 @@ def collect(
     first = next(numbered, None)
     if first is None:
         return run.statistics(split.feeds)
-    reader = Reader(model, run.read, first[1], provider, memory)
+    reader = Reader(_readable(model), run.read, first[1], provider, memory)
     remaining: Iterator[tuple[int, Batch]] = itertools.chain([first], numbered)
     if checkpoint and checkpoint.before:
         run.take_up(checkpoint.before)
@@ -161,6 +162,12 @@ def collect(
     finally:
         pool.shutdown(cancel_futures=True)
     return run.statistics(split.feeds)
+
+
+def _readable(model: Model) -> Model:
+    """The model in types that onnxruntime computes in."""
+    proto = widened(model.proto)
+    return model if proto is model.proto else Model(proto, proto, model.path)
 
 
 def _pieces(numbered: Iterator[tuple[int, Batch]], rows: int) -> Iterator[tuple[int, Batch]]:

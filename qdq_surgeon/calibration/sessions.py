@@ -13,6 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
+from ..bfloat16 import widened
 from ..errors import DataError, ModelError, QdqError, nearest
 from ..graph import all_nodes
 from .feeds import Batch, Trial
@@ -75,7 +76,8 @@ class Session:
         if PROVIDERS[provider] not in self._session.get_providers():
             raise QdqError(f"onnxruntime cannot start its {provider} provider here: check driver and libraries")
         self.outputs: tuple[str, ...] = tuple(output.name for output in self._session.get_outputs())
-        self._half_inputs = {i.name for i in self._session.get_inputs() if i.type == "tensor(float16)"}
+        floats = {"tensor(float16)": "float16", "tensor(float)": "float32"}
+        self._floats = {i.name: floats[i.type] for i in self._session.get_inputs() if i.type in floats}
         self._whole = True
         self._lock = threading.Lock()
 
@@ -95,8 +97,11 @@ class Session:
         return [outputs for part in single for outputs in self.run(part, names)]
 
     def _typed(self, feed: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """FP32 data for a model whose inputs were made FP16."""
-        return {name: array.astype("float16") if name in self._half_inputs else array for name, array in feed.items()}
+        """FP32 data for a model whose inputs were made FP16, and BF16 data for one that was widened."""
+        return {
+            name: array.astype(self._floats[name], copy=False) if name in self._floats else array
+            for name, array in feed.items()
+        }
 
     def runs(self, feed: dict[str, NDArray[Any]]) -> str | None:
         """None where the model runs on a feed, else onnxruntime's reason."""
@@ -114,7 +119,8 @@ def trial(proto: ModelProto) -> Trial:
 
 
 def runnable(proto: ModelProto) -> ModelProto:
-    """The model for onnxruntime, which refuses doubled node names: ONNX allows them, so then all go."""
+    """The model for onnxruntime: without BF16, and without names where two nodes have the same, which ONNX allows."""
+    proto = widened(proto)
     names = [node.name for node in _every_node(proto) if node.name]
     return proto if len(set(names)) == len(names) else _nameless(proto)
 

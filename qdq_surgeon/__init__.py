@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from .errors import PlanError as PlanError
     from .errors import QdqError as QdqError
     from .model import load as load
-    from .model import save as save
     from .pipeline import Result as Result
     from .pipeline import apply as apply
     from .pipeline import calibrate as calibrate
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from .pipeline import plan as plan
     from .pipeline import quantize as quantize
     from .scales import Scales as Scales
+    from .storage import save as save
 
 _HOME = {
     "apply": "pipeline",
@@ -48,7 +48,7 @@ _HOME = {
     "quantize": "pipeline",
     "Result": "pipeline",
     "load": "model",
-    "save": "model",
+    "save": "storage",
     "Comparison": "comparison",
     "Edge": "edges",
     "Kept": "edges",

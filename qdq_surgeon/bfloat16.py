@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, ModelProto, TensorProto, ValueInfoProto, numpy_helper
 
+from . import weights
 from .graph import all_nodes, bodies
 
 TYPE_ATTRIBUTES = frozenset({"to", "dtype", "output_dtype", "stash_type"})
@@ -24,7 +25,7 @@ def widened(proto: ModelProto) -> ModelProto:
     copy.CopyFrom(proto)
     for tensor in _tensors(copy):
         if tensor.data_type == TensorProto.BFLOAT16:
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+            tensor.CopyFrom(numpy_helper.from_array(weights.array(tensor).astype(np.float32), tensor.name))
     for value in _types(copy):
         if value.elem_type == TensorProto.BFLOAT16:
             value.elem_type = TensorProto.FLOAT

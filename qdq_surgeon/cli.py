@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("calibrate", _calibrate_options, "run the float model once, keep its statistics", _CALIBRATE_EXAMPLES),
         ("merge", _merge_options, "put the statistics of several runs together", _MERGE_EXAMPLES),
         ("compare", _compare_options, "measure a Q/DQ model against its float model", _COMPARE_EXAMPLES),
+        ("strip", _strip_options, "take Q/DQ pairs, from any producer, out of a model", _STRIP_EXAMPLES),
         ("lint", _lint_options, "find what TensorRT refuses or runs in float in any Q/DQ model", _LINT_EXAMPLES),
         ("build", _build_options, "build a TensorRT engine, strongly typed", _BUILD_EXAMPLES),
         ("audit", _audit_options, "build the engine and show what it did with every pair", _AUDIT_EXAMPLES),
@@ -80,6 +81,7 @@ _COMPARE_EXAMPLES = (
 )
 
 
+_STRIP_EXAMPLES = "qdq-surgeon strip model.qdq.onnx\nqdq-surgeon strip model.qdq.onnx --op-types Add -o mended.onnx"
 _LINT_EXAMPLES = "qdq-surgeon lint model.qdq.onnx\nqdq-surgeon lint other.onnx --fix mended.onnx --target trt10"
 _BUILD_EXAMPLES = (
     "qdq-surgeon build model.qdq.onnx -o model.engine\n"
@@ -109,8 +111,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _insert_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, help="the float ONNX model")
+    parser.add_argument("model", type=Path, help="an ONNX model, float or with Q/DQ pairs")
     parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="where to write (default: MODEL.qdq.onnx)")
+    parser.add_argument(
+        "--external-data", action="store_true", help="put the weights into OUT.data (above 2 GB always)"
+    )
     _data_options(parser)
     _placement_options(parser)
     _run_options(parser)
@@ -123,6 +128,7 @@ def _insert_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", action="store_true", help="build engines too, audit and (with a GPU) time them")
     parser.add_argument("--backend", metavar="NAME", help="tensorrt or tensorrt-rtx (default: what is installed)")
     parser.add_argument("--trtexec", metavar="TARGET", nargs="?", const="", help="print the trtexec command line")
+    parser.add_argument("--simplify", action="store_true", help="let onnxslim rewrite the graph first")
     parser.add_argument("--plan", action="store_true", help="print the plan and stop; needs no data")
     parser.add_argument("--explain", metavar="NODE", help="with --plan: the full story of one node")
     parser.add_argument("--plan-file", type=Path, metavar="FILE", help="apply a plan saved with --plan --json")
@@ -133,7 +139,7 @@ def _insert_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, help="the float ONNX model")
+    parser.add_argument("model", type=Path, help="an ONNX model, float or with Q/DQ pairs")
     _placement_options(parser)
     parser.add_argument("--explain", metavar="NODE", help="the full story of one node")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan as JSON")
@@ -141,7 +147,7 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _calibrate_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, help="the float ONNX model")
+    parser.add_argument("model", type=Path, help="an ONNX model, float or with Q/DQ pairs")
     parser.add_argument("-o", "--output", type=Path, metavar="STATS", help="write the statistics (.npz)")
     _data_options(parser)
     _run_options(parser)
@@ -167,6 +173,15 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", metavar="NAME", help="tensorrt or tensorrt-rtx (default: what is installed)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the comparison as JSON")
     _gate_options(parser)
+    _manner_options(parser)
+
+
+def _strip_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="a Q/DQ model from any producer")
+    parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="where to write (default: MODEL.float.onnx)")
+    _filter_options(
+        parser, "make only these nodes float", "leave the pairs of these nodes", "make only these op types float"
+    )
     _manner_options(parser)
 
 
@@ -214,12 +229,15 @@ def _data_options(parser: argparse.ArgumentParser, samples: bool = True) -> None
         "--data",
         type=Path,
         metavar="PATH",
-        help="an .npz, .npy, Polygraphy .json or .py, or a folder: of arrays, test_data_set_*, images",
+        help="an .npz, .npy, Polygraphy .json or .py, or a folder (see the README)",
     )
     parser.add_argument(
-        "--data-loader-script", metavar="FILE[:NAME]", help="a Python file with load_data(), as Polygraphy has it"
+        "--data-loader-script", metavar="FILE", help="a Python FILE[:NAME] with load_data(), as Polygraphy has it"
     )
     parser.add_argument("--preprocess", type=Path, metavar="TOML", help="how images become inputs (see the README)")
+    parser.add_argument(
+        "--custom-ops", type=Path, action="append", default=[], metavar="LIB", help="a library of ops for onnxruntime"
+    )
     if samples:
         parser.add_argument("--samples", type=_positive, metavar="N", help="calibrate with at most N samples")
     parser.add_argument(
@@ -242,25 +260,17 @@ def _placement_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--placement", default="tensorrt", metavar="NAME|FILE", help="rules: a preset, a .toml file, or a comma list"
     )
-    parser.add_argument(
-        "--include",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NODE",
-        help="quantize only these nodes (names or globs)",
-    )
-    parser.add_argument(
-        "--exclude",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NODE",
-        help="keep these nodes float (names or globs)",
-    )
-    parser.add_argument(
-        "--op-types", nargs="+", action="extend", default=[], metavar="OP", help="quantize only these op types"
-    )
+    _filter_options(parser, "quantize only these nodes", "keep these nodes float", "quantize only these op types")
+    parser.add_argument("--requantize", action="store_true", help="take out the pairs that the model comes with first")
+
+
+def _filter_options(parser: argparse.ArgumentParser, include: str, exclude: str, op_types: str) -> None:
+    for option, metavar, text in (
+        ("--include", "NODE", f"{include} (names or globs)"),
+        ("--exclude", "NODE", f"{exclude} (names or globs)"),
+        ("--op-types", "OP", op_types),
+    ):
+        parser.add_argument(option, nargs="+", action="extend", default=[], metavar=metavar, help=text)
 
 
 def _gate_options(parser: argparse.ArgumentParser) -> None:
@@ -293,7 +303,7 @@ def _run(
         print(f"{parser.prog}: error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt as interrupt:
-        print(f"{parser.prog}: interrupted, {str(interrupt) or 'nothing was written'}", file=sys.stderr)
+        print(f"{parser.prog}: interrupted, {str(interrupt) or 'no file was left half-written'}", file=sys.stderr)
         return INTERRUPTED
     finally:
         log.removeHandler(handler)

@@ -44,7 +44,7 @@ def insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     from . import pipeline
     from .calibration.feeds import SYNTHETIC
     from .calibration.statistics import Statistics
-    from .model import save
+    from .storage import data_file, save
     from .tensorrt.cache import write_cache
     from .tensorrt.runs import compare_engines, shapes_of
     from .tensorrt.trtexec import trtexec_command
@@ -54,12 +54,14 @@ def insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     _check_insert(options)
     model = _load(options)
     output = options.output or options.model.with_name(f"{options.model.stem}.qdq.onnx")
-    _check_files(options, output)
+    external = options.external_data or None
+    _check_files(options, output, data_file(model.proto, output, external))
     _say_notes(model, say)
     the_plan = _read_plan(options.plan_file) if options.plan_file else _make_plan(model, options)
     say(f"{options.model}: {next(the_plan.lines())}")
-    if not the_plan.sites:
-        say("nothing to quantize: the float model is written as it is (--plan says why)")
+    if not the_plan.adds_pairs:
+        what = "add: the model" if model.existing else "quantize: the float model"
+        say(f"nothing to {what} is written as it is (--plan says why)")
     statistics = Statistics.load(options.stats) if options.stats else None
     compares = not options.no_compare and (statistics is None or _is_data_given(options))
     with _progress_bar(options) as progress:
@@ -83,7 +85,7 @@ def insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     if not compares and not options.no_compare:
         say("no comparison: --stats does not run the model (give --data to compare)")
     origin = result.scales.origin
-    if origin.synthetic and any(not site.weight for site in the_plan.sites):
+    if origin.synthetic and any(not site.weight and not site.is_in_model for site in the_plan.sites):
         _shout(SYNTHETIC_WARNING)
     elif result.comparison and result.comparison.data == SYNTHETIC:
         _shout(SYNTHETIC_COMPARISON)
@@ -95,7 +97,7 @@ def insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     if result.comparison:
         say(result.comparison)
         _check_judged(result.comparison, options)
-    save(result.model, output)
+    save(result.model, output, external)
     say(f"wrote {output}")
     if options.json:
         _write_json(options.json, the_plan, result.comparison)
@@ -109,7 +111,8 @@ def insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     report = None
     if options.engine and result.comparison:
         data, held_out = result.comparison.data, result.comparison.held_out
-        report = compare_engines(model, result.model, result.evaluation, data, held_out, backend=options.backend)
+        engines = model.without_pairs(), result.model
+        report = compare_engines(*engines, result.evaluation, data, held_out, backend=options.backend)
         say(report)
     return _gate(result.comparison, options, report)
 
@@ -230,7 +233,7 @@ def compare(options: argparse.Namespace, say: Callable[[object], None]) -> int:
 
     _check_gates(options)
     _check_files(options)
-    model, quantized = load(options.model), load(options.quantized)
+    model, quantized = _load(options), load(options.quantized)
     with _progress_bar(options) as progress:
         comparison = pipeline.compare(
             model,
@@ -255,11 +258,30 @@ def compare(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     return _gate(comparison, options, report)
 
 
+def strip(options: argparse.Namespace, say: Callable[[object], None]) -> int:
+    """Take pairs out of a Q/DQ model."""
+    from .existing import count_pairs, strip_pairs
+    from .rules.filters import vetoed
+    from .storage import save
+
+    model = _load(options)
+    output = options.output or options.model.with_name(f"{options.model.stem}.float.onnx")
+    _check_files(options, output)
+    filters = (options.include, options.exclude, options.op_types)
+    chosen = {node.first_output for node in model.graph.nodes} - vetoed(model.graph, *filters)
+    stripped = strip_pairs(model.original, chosen if any(filters) else None)
+    before, after = count_pairs(model.original), count_pairs(stripped)
+    say(f"{options.model}: {count(before - after, 'pair')} of {before} taken out")
+    save(stripped, output)
+    say(f"wrote {output}")
+    return OK
+
+
 def lint(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     """Find what TensorRT refuses or runs in float, and mend what can be."""
     from dataclasses import asdict
 
-    from .model import save
+    from .storage import save
     from .tensorrt.lint import lint as find
     from .tensorrt.mend import mend
 
@@ -286,7 +308,7 @@ def lint(options: argparse.Namespace, say: Callable[[object], None]) -> int:
 
 def build(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     """Build an engine."""
-    from .model import write_atomically
+    from .storage import write_atomically
     from .tensorrt.engine import TENSORRT_RTX
     from .tensorrt.engine import build as build_engine
 
@@ -366,7 +388,12 @@ def _check_data(options: argparse.Namespace) -> None:
 def _load(options: argparse.Namespace) -> Model:
     from .model import load
 
-    return load(options.model)
+    return load(
+        options.model,
+        requantize=getattr(options, "requantize", False),
+        simplify=getattr(options, "simplify", False),
+        custom_ops=getattr(options, "custom_ops", ()),
+    )
 
 
 def _make_plan(model: Model, options: argparse.Namespace) -> Plan:
@@ -392,6 +419,8 @@ def _read_plan(path: Path) -> Plan:
 
 def _check_files(options: argparse.Namespace, *outputs: Path | None) -> None:
     """Refuse, before any work, outputs that cannot be written, that overwrite an input, or each other."""
+    from .storage import is_same
+
     named = ("model", "quantized", "data", "plan_file", "calibration_cache", "placement", "preprocess")
     inputs = [Path(value) for name in named if (value := getattr(options, name, None)) is not None]
     stats = getattr(options, "stats", None)
@@ -403,15 +432,13 @@ def _check_files(options: argparse.Namespace, *outputs: Path | None) -> None:
             raise QdqError(f"{output} is a folder: name a file")
         if not output.parent.is_dir():
             raise QdqError(f"the folder {output.parent} does not exist: create it, or name another output")
-        if any(_is_same(output, other) for other in inputs):
+        if not output.exists() and not os.access(output.parent, os.W_OK):
+            raise QdqError(f"{output} cannot be written: the folder {output.parent} takes no files from you")
+        if any(is_same(output, other) for other in inputs):
             raise QdqError(f"{output} is the input itself, which is never overwritten: name another output")
-        if any(_is_same(output, other) for other in seen):
+        if any(is_same(output, other) for other in seen):
             raise QdqError(f"{output} is named for two outputs: give each its own file")
         seen.append(output)
-
-
-def _is_same(left: Path, right: Path) -> bool:
-    return os.path.realpath(left) == os.path.realpath(right)
 
 
 def _check_gates(options: argparse.Namespace) -> None:
@@ -489,7 +516,7 @@ def _finite(value: Any) -> Any:
 
 
 def _write_text(path: Path, text: str) -> None:
-    from .model import write_atomically
+    from .storage import write_atomically
 
     write_atomically(path, text.encode())
 

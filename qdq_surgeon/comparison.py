@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,7 +41,7 @@ class OutputComparison:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The float model against what `where` says.
+    """The float model (or what `reference` says) against what `where` says.
 
     `held_out`: calibration had not seen these samples (None: unknown).
     """
@@ -50,6 +51,7 @@ class Comparison:
     data: str
     held_out: bool | None
     where: str = SIMULATED
+    reference: str = "float"
 
     @property
     def sqnr(self) -> float:
@@ -67,7 +69,7 @@ class Comparison:
             (o.name, decibels(o.sqnr), f"{o.cosine:.6f}", f"{o.max_error:.4g}", share(o.agreement))
             for o in self.outputs
         ]
-        head = f"float against {self.where} on {count(self.samples, 'sample')} of {self.data}{seen}"
+        head = f"{self.reference} against {self.where} on {count(self.samples, 'sample')} of {self.data}{seen}"
         return f"{head}\n{table(('output', 'SQNR', 'cosine', 'max error', 'top-1 agreement'), rows)}"
 
 
@@ -89,13 +91,15 @@ def compare_models(
     held_out: bool | None,
     progress: Progress | None = None,
     where: str = SIMULATED,
+    custom_ops: Iterable[Path] = (),
 ) -> Comparison:
     """Run both models in onnxruntime over the batches, one at a time, and compare them.
 
     Raises ModelError where onnxruntime refuses a model or their outputs differ in name or shape,
     DataError where it cannot run it.
     """
-    left, right = Session(reference), Session(quantized, simulate=True)
+    left = Session(reference, custom_ops=custom_ops)
+    right = Session(quantized, simulate=True, custom_ops=custom_ops)
     return compare_runners(left, right, batches, data, held_out, progress, where)
 
 

@@ -16,6 +16,12 @@ GRAPH_OUTPUT = -1
 
 PLAN_FORMAT = 1
 
+LEVELS = 127
+"""Symmetric INT8: the largest positive level, so scale = T / 127."""
+
+IN_MODEL = "in-model"
+"""The rule of the edges that read a pair which came with the model."""
+
 
 def scoped(scope: tuple[str, ...], name: str) -> str:
     """A tensor's name, unique in the whole model: with the path of control-flow bodies before it."""
@@ -77,6 +83,16 @@ class Site:
     @property
     def edges(self) -> tuple[Edge, ...]:
         return tuple(read.edge for read in self.reads)
+
+    @property
+    def added(self) -> tuple[Read, ...]:
+        """The reads that did not come with the model."""
+        return tuple(read for read in self.reads if read.rule != IN_MODEL)
+
+    @property
+    def is_in_model(self) -> bool:
+        """True where a pair of this tensor came with the model."""
+        return len(self.added) < len(self.reads)
 
     def __str__(self) -> str:
         first = self.reads[0].rule
@@ -160,6 +176,11 @@ class Plan:
     misses: tuple[Miss, ...] = ()
 
     @property
+    def adds_pairs(self) -> bool:
+        """True where an edge is quantized that was not so in the model."""
+        return any(site.added for site in self.sites)
+
+    @property
     def near_misses(self) -> tuple[Miss, ...]:
         return tuple(miss for miss in self.misses if miss.near)
 
@@ -169,8 +190,10 @@ class Plan:
     def lines(self) -> Iterator[str]:
         """The plan as text: sites by rule, what shares a scale, what is kept float, near misses."""
         reads = sum(len(site.reads) for site in self.sites)
+        given = sum(site.is_in_model for site in self.sites)
+        came = f" ({given} in the model)" if given else ""
         yield (
-            f"{count(len(self.sites), 'Q/DQ pair')} for {count(reads, 'edge')}; "
+            f"{count(len(self.sites), 'Q/DQ pair')}{came} for {count(reads, 'edge')}; "
             f"{count(len(self.kept), 'edge')} kept float; "
             f"{count(len(self.near_misses), 'near miss', 'near misses')} (placement {self.placement})"
         )

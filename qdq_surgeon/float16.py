@@ -17,12 +17,13 @@ import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from .calibration.ranges import LEVELS
+from .edges import LEVELS
 from .errors import ModelError
-from .graph import DATA_FREE_OPS, HALF_OPSET, QDQ_OPS, Graph, bodies, default_opset, one_line
-from .model import FreshNames, converted_to
+from .graph import DATA_FREE_OPS, HALF_OPSET, QDQ_OPS, FreshNames, Graph, bodies, default_opset, one_line
+from .model import converted_to
 from .rules.commuting import MOVES
 from .scales import SMALLEST_NORMAL, to_scale
+from .storage import with_weights
 
 LARGEST = float(np.finfo(np.float16).max)
 """65504: what lies above it is infinite in FP16."""
@@ -80,7 +81,7 @@ def to_float16(model: ModelProto, *, float16_io: bool = False, ranges: Mapping[s
 def _raised(model: ModelProto) -> ModelProto:
     have = default_opset(model)
     copy = ModelProto()
-    copy.CopyFrom(model)
+    copy.CopyFrom(with_weights(model))
     if have >= HALF_OPSET:
         return copy
     try:

@@ -5,10 +5,11 @@ who reads each tensor, element types, shapes, constants. The rules work on it.
 from __future__ import annotations
 
 import contextlib
+import math
+import re
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from . import weights
 from .edges import GRAPH_OUTPUT, Edge, scoped
 from .errors import ModelError
 
@@ -33,10 +35,10 @@ FLOAT_TYPES = frozenset({TensorProto.FLOAT}) | HALF_TYPES
 """The element types that Q/DQ can read. DOUBLE is not among them."""
 
 QDQ_OPS = frozenset({"QuantizeLinear", "DequantizeLinear"})
-INTEGER_OPS = frozenset(
-    {"QLinearConv", "QLinearMatMul", "QLinearAdd", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear"}
+INTEGER_OPS = re.compile(
+    r"QLinear\w+|QGemm|QAttention|\w+Integer(ToFloat)?|DynamicQuantize\w+|QEmbedLayerNormalization"
 )
-"""Ops of models that are quantized in operator form. TensorRT refuses them."""
+"""Ops of models that are quantized in operator form, ONNX's and onnxruntime's. TensorRT refuses them."""
 
 NOT_FOLDABLE = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"}
@@ -44,10 +46,11 @@ NOT_FOLDABLE = frozenset(
 DATA_FREE_OPS = frozenset({"Shape", "Size"})
 """Ops that read a float tensor without its values."""
 
+MOST_FOLDED = 1 << 31
+"""No constant with more elements is computed: a few bytes of a model can ask for any size."""
+
 CONTROL_OPS = frozenset({"If", "Loop", "Scan"})
 """The ops whose bodies are planned."""
-
-_SKELETON_BYTES = 4096
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -141,12 +144,11 @@ class Graph:
     read by an edge with their scope.
     """
 
-    def __init__(self, proto: ModelProto, folder: Path | None = None, deep: bool = False) -> None:
+    def __init__(self, proto: ModelProto, deep: bool = False) -> None:
         self.proto = proto
         self.opset = default_opset(proto)
         self._deep = deep
         self._quantizable = FLOAT_TYPES if self.opset >= HALF_OPSET else FLOAT_TYPES - HALF_TYPES
-        self._folder = str(folder) if folder else ""
         self._initializers: dict[str, TensorProto] = {}
         self._sparse: set[str] = set()
         self._producers: dict[str, Node] = {}
@@ -238,11 +240,11 @@ class Graph:
         if literal is None:
             return self._fold(tensor)
         try:
-            return numpy_helper.to_array(literal, self._folder)
+            return weights.array(literal)
+        except ModelError:
+            raise
         except Exception as error:
-            raise ModelError(
-                f"the values of '{tensor}' cannot be read: load the model with its external data, or give its path"
-            ) from error
+            raise ModelError(f"the values of '{tensor}' cannot be read: {one_line(error)}") from error
 
     def _literal(self, tensor: str) -> TensorProto | None:
         """The tensor in a Constant node, where it is written as one."""
@@ -260,12 +262,13 @@ class Graph:
             name = pending.pop()
             node = self._producers.get(name)
             if name in self._initializers:
-                leaves[name] = TensorProto()
-                leaves[name].CopyFrom(self._initializers[name])
-                leaves[name].name = name
+                leaves[name] = numpy_helper.from_array(self.value(name), name)
             elif node is not None and node.first_output not in chain:
                 chain[node.first_output] = node
                 pending.extend(node.inputs)
+        for name in (output for node in chain.values() for output in node.outputs):
+            if math.prod(dim or 1 for dim in self.shape(name) or ()) > MOST_FOLDED:
+                raise ModelError(f"the constant '{tensor}' cannot be computed: '{name}' has dims {self.shape(name)}")
         protos = [_with_keys(chain[name]) for name in sorted(chain, key=self._positions.__getitem__)]
         output = helper.make_tensor_value_info(tensor, self._types.get(tensor, TensorProto.FLOAT), None)
         graph = helper.make_graph(protos, "fold", [], [output], initializer=list(leaves.values()))
@@ -408,12 +411,40 @@ def bodies(node: NodeProto) -> list[tuple[str, onnx.GraphProto]]:
     ]
 
 
+def is_integer_op(node: NodeProto) -> bool:
+    """True for the ops of models that are quantized in operator form."""
+    return INTEGER_OPS.fullmatch(node.op_type) is not None
+
+
 def all_nodes(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[NodeProto]:
     """The nodes of a graph or function, each followed by those of its control-flow bodies."""
     for node in graph.node:
         yield node
         for _, body in bodies(node):
             yield from all_nodes(body)
+
+
+class FreshNames:
+    """Gives names that are free in the whole model, control-flow bodies included."""
+
+    def __init__(self, proto: ModelProto) -> None:
+        nodes = list(all_nodes(proto.graph))
+        graphs = [proto.graph, *(body for node in nodes for _, body in bodies(node))]
+        self._taken = {
+            value.name
+            for graph in graphs
+            for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
+        }
+        self._taken.update(*((node.name, *node.input, *node.output) for node in nodes))
+
+    def fresh(self, wanted: str) -> str:
+        """`wanted`, with a number behind it where it is taken; it is taken from now on."""
+        name, number = wanted, 0
+        while name in self._taken:
+            number += 1
+            name = f"{wanted}_{number}"
+        self._taken.add(name)
+        return name
 
 
 def captured_edges(node: NodeProto, scope: tuple[str, ...]) -> Iterator[tuple[str, Edge]]:
@@ -440,15 +471,15 @@ def _inferred(
 
     The third part says why there is little of both, where inference failed. `fed` states the shapes of inputs.
     """
-    skeleton = _skeleton(proto, nodes)
+    bare = skeleton(proto, nodes)
     if fed is not None:
-        _state_shapes(skeleton.graph, fed)
+        _state_shapes(bare.graph, fed)
     notes: tuple[str, ...] = ()
     try:
-        inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
+        inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
     except Exception as error:
         notes = (f"shapes could not be inferred, so rules that need them do not apply: {one_line(error)}",)
-        inferred = skeleton.graph
+        inferred = bare.graph
     types: dict[str, int] = {}
     shapes: dict[str, tuple[int | None, ...]] = {}
     for scope in _all_scopes(_Scope(inferred)):
@@ -481,23 +512,24 @@ def _state_shapes(graph: onnx.GraphProto, fed: Mapping[str, tuple[int, ...]]) ->
             value.CopyFrom(helper.make_tensor_value_info(value.name, value.type.tensor_type.elem_type, fed[value.name]))
 
 
-def _skeleton(proto: ModelProto, nodes: Iterable[Node]) -> ModelProto:
-    skeleton = ModelProto(ir_version=proto.ir_version)
-    skeleton.opset_import.extend(proto.opset_import)
-    skeleton.functions.extend(proto.functions)
-    graph = skeleton.graph
+def skeleton(proto: ModelProto, nodes: Iterable[Node] = ()) -> ModelProto:
+    """A copy in which large weights are inputs, with these nodes in this order (none given: as stored)."""
+    bare = ModelProto(ir_version=proto.ir_version)
+    bare.opset_import.extend(proto.opset_import)
+    bare.functions.extend(proto.functions)
+    graph = bare.graph
     graph.name = proto.graph.name
-    graph.node.extend(node.proto for node in nodes)
+    graph.node.extend([node.proto for node in nodes] or proto.graph.node)
     graph.input.extend(proto.graph.input)
     graph.output.extend(proto.graph.output)
     graph.value_info.extend(proto.graph.value_info)
     listed = {value.name for value in proto.graph.input}
     for tensor in proto.graph.initializer:
-        if tensor.ByteSize() <= _SKELETON_BYTES:
+        if weights.size(tensor) <= weights.SMALL and not weights.is_outside(tensor):
             graph.initializer.append(tensor)
         elif tensor.name not in listed:
             graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
-    return skeleton
+    return bare
 
 
 _schemas: dict[tuple[str, str], Any] = {}

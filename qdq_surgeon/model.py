@@ -1,4 +1,4 @@
-"""Load and save ONNX models: with graph.py the only reader of raw ONNX.
+"""Loaded ONNX models: with graph.py the only reader of raw ONNX. Files are read and written by storage.py.
 
 `load` gives a `Model`; `Model.graph` is the view on which the rules work.
 """
@@ -8,9 +8,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol, TypeAlias, runtime_checkable
@@ -18,21 +17,23 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto
 
-from .errors import ModelError
+from . import weights
+from .errors import ModelError, QdqError
+from .existing import ExistingPair, notes_on, parted
 from .graph import (
     HALF_OPSET,
     HALF_TYPES,
     MIN_IR,
     MIN_OPSET,
     PER_TENSOR_OPSET,
-    QDQ_OPS,
     Graph,
-    all_nodes,
-    bodies,
     default_opset,
     one_line,
+    skeleton,
     tensor_type,
 )
+from .storage import read_model, with_weights
+from .storage import save as save
 
 log = logging.getLogger("qdq_surgeon")
 
@@ -52,17 +53,23 @@ Source: TypeAlias = "str | os.PathLike[str] | ModelProto | HasModelProto | Model
 class Model:
     """A loaded model. `proto` is what gets quantized, and is never changed; `original` is what was given.
 
-    They differ where the opset or the IR version had to be raised. `notes` says what a user should know about that.
+    They differ where the opset or the IR version had to be raised, and where the model came with Q/DQ pairs: then
+    `proto` is the float model without them, `existing` the pairs, and `quantized` the model with them, its opset
+    raised, to which pairs are added. `notes` says what a user should know about all that. `custom_ops` are libraries
+    of operators, without which onnxruntime does not run the model.
     """
 
     proto: ModelProto
     original: ModelProto
     path: Path | None = None
     notes: tuple[str, ...] = ()
+    quantized: ModelProto | None = None
+    existing: tuple[ExistingPair, ...] = ()
+    custom_ops: tuple[Path, ...] = ()
 
     @cached_property
     def graph(self) -> Graph:
-        return Graph(self.proto, self.path.parent if self.path else None, deep=True)
+        return Graph(self.proto, deep=True)
 
     @cached_property
     def opset(self) -> int:
@@ -77,6 +84,7 @@ class Model:
         parts += [_tensor_digest(tensor) for tensor in self.proto.graph.initializer]
         others = (*self.proto.graph.sparse_initializer, *self.proto.functions)
         parts += [proto.SerializeToString(deterministic=True) for proto in others]
+        parts += [str(pair).encode() for pair in self.existing]
         for part in sorted(parts):
             whole.update(hashlib.sha256(part).digest())
         for value in (*self.proto.graph.input, *self.proto.graph.output):
@@ -89,71 +97,76 @@ class Model:
         initializers = {tensor.name for tensor in self.proto.graph.initializer}
         return tuple(value for value in self.proto.graph.input if value.name not in initializers)
 
+    def existing_pair(self, tensor: str, axis: int | None, scope: tuple[str, ...]) -> ExistingPair | None:
+        """The first pair of a tensor that came with the model and that a node of the scope can read."""
+        pairs = self._existing_by_site.get((tensor, axis), [])
+        return next((pair for pair in pairs if pair.is_seen_from(scope)), None)
 
-def load(source: Source) -> Model:
+    @cached_property
+    def _existing_by_site(self) -> Mapping[tuple[str, int | None], list[ExistingPair]]:
+        found: dict[tuple[str, int | None], list[ExistingPair]] = {}
+        for pair in self.existing:
+            found.setdefault((pair.tensor, pair.axis), []).append(pair)
+        return found
+
+    def without_pairs(self) -> Model:
+        """The float model, as if it had never been quantized."""
+        return replace(self, original=self.proto, quantized=None, existing=(), notes=()) if self.quantized else self
+
+
+def load(
+    source: Source,
+    *,
+    requantize: bool = False,
+    simplify: bool = False,
+    custom_ops: Iterable[str | os.PathLike[str]] = (),
+) -> Model:
     """Read a model from a path, a ModelProto or anything with `.model_proto`; the source is never changed.
 
     The opset is raised to 13 where it is lower (19 where FP16 or BF16 tensors are present), the IR version to 4.
+    Q/DQ pairs that the model comes with are kept; `requantize` takes them out. `simplify` lets onnxslim rewrite the
+    graph first, and `original` stays what was given. `custom_ops` names libraries of operators for onnxruntime.
     Raises ModelError for a missing or damaged file and for what is not ONNX.
     """
+    model = _load(source)
+    model = model.without_pairs() if requantize else model
+    model = simplified(model) if simplify else model
+    libraries = tuple(map(Path, custom_ops))
+    return replace(model, custom_ops=libraries) if libraries else model
+
+
+def simplified(model: Model) -> Model:
+    """The model with its graph rewritten by onnxslim.
+
+    Raises QdqError where onnxslim is missing, ModelError where it refuses.
+    """
+    if model.quantized:
+        raise ModelError("the model comes with Q/DQ pairs, which simplifying would fold: leave --simplify out")
+    try:
+        import onnxslim
+    except ImportError:
+        raise QdqError("--simplify needs onnxslim: pip install 'qdq-surgeon[simplify]'") from None
+    copy = ModelProto()
+    copy.CopyFrom(with_weights(model.proto))
+    try:
+        proto = onnxslim.slim(copy)
+    except Exception as error:
+        raise ModelError(f"onnxslim cannot simplify the model ({one_line(error)}): leave --simplify out") from error
+    counts = f"{len(model.proto.graph.node)} to {len(proto.graph.node)}"
+    return replace(model, proto=proto, notes=(*model.notes, f"onnxslim simplified the graph from {counts} nodes"))
+
+
+def _load(source: Source) -> Model:
     if isinstance(source, Model):
         return source
     if isinstance(source, ModelProto):
         return _prepared(source, None)
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
-        return _prepared(_read_file(path), path)
+        return _prepared(read_model(path), path)
     if isinstance(source, HasModelProto):
         return _prepared(source.model_proto, None)
     raise ModelError(f"a model is a path, a ModelProto or has .model_proto; this is a {type(source).__name__}")
-
-
-def save(proto: ModelProto, path: str | os.PathLike[str]) -> None:
-    """Write a model atomically: the file is either whole or not there. Raises ModelError where it cannot be."""
-    target = Path(path)
-    if proto.ByteSize() >= 2**31:
-        raise ModelError(f"{target}: the result exceeds 2 GB, which one ONNX file cannot hold")
-    write_atomically(target, proto.SerializeToString(deterministic=True))
-
-
-def write_atomically(target: Path, data: bytes) -> None:
-    """Write `data` beside `target` and move it into place. Raises ModelError where the folder refuses."""
-    target = Path(os.path.realpath(target))  # behind a link stands what is meant
-    temporary = ""
-    try:
-        if target.exists() and not target.is_file():  # a pipe, a terminal: nothing to replace
-            target.write_bytes(data)
-            return
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-            temporary = file.name
-            file.write(data)
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(target)
-    except OSError as error:
-        raise ModelError(f"{target} cannot be written: {error.strerror or error}") from error
-    finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-
-
-def _read_file(path: Path) -> ModelProto:
-    if not path.exists():
-        raise ModelError(f"{path}: no such file")
-    if path.is_dir():
-        raise ModelError(f"{path} is a folder: give the .onnx file in it")
-    try:
-        proto = onnx.load(path, load_external_data=False)
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
-    except Exception as error:
-        raise ModelError(f"{path} is not a whole ONNX file ({one_line(error)}): export or download it again") from error
-    try:
-        onnx.load_external_data_for_model(proto, str(path.parent))
-    except Exception as error:
-        raise ModelError(f"{path}: its external data is missing: {one_line(error)}") from error
-    return proto
 
 
 def _prepared(proto: ModelProto, path: Path | None) -> Model:
@@ -167,13 +180,16 @@ def _prepared(proto: ModelProto, path: Path | None) -> Model:
         copied.CopyFrom(proto)
         copied.ir_version = MIN_IR
         proto = copied
-    return Model(proto, original, path, notes)
+    floats, existing = parted(proto)
+    if floats is proto:
+        return Model(proto, original, path, notes)
+    return Model(floats, original, path, (*notes, *notes_on(existing)), proto, existing)
 
 
 def _raised(proto: ModelProto, name: str) -> tuple[ModelProto, tuple[str, ...]]:
     have = default_opset(proto)
     want = HALF_OPSET if _has_half(proto) else MIN_OPSET
-    if have >= want or any(node.op_type in QDQ_OPS for node in proto.graph.node):
+    if have >= want:
         return proto, ()
     try:
         return converted_to(proto, want), (f"opset raised from {have} to {want}",)
@@ -203,7 +219,7 @@ def converted_to(proto: ModelProto, opset: int) -> ModelProto:
     """onnx's version converter, and what it drops put back: functions, metadata, doc strings, names."""
     from onnx import version_converter
 
-    converted = version_converter.convert_version(proto, opset)
+    converted = version_converter.convert_version(skeleton(proto), opset)
     if [value.name for value in converted.graph.output] != [value.name for value in proto.graph.output]:
         raise ModelError("it renames the graph's outputs")
     result = ModelProto()
@@ -227,7 +243,7 @@ def converted_to(proto: ModelProto, opset: int) -> ModelProto:
     have = {tensor.name for tensor in graph.initializer}
     graph.initializer.extend(tensor for tensor in converted.graph.initializer if tensor.name not in have)
     if proto.functions:
-        onnx.checker.check_model(result)  # a function keeps its opset, which may not go with the new one
+        onnx.checker.check_model(skeleton(result))  # a function keeps its opset, which may not go with the new one
     return result
 
 
@@ -242,32 +258,12 @@ def _node_bytes(node: NodeProto) -> bytes:
 
 def _tensor_digest(tensor: TensorProto) -> bytes:
     head = f"{tensor.name}|{tensor.data_type}|{list(tensor.dims)}|".encode()
-    if tensor.raw_data:
-        return head + hashlib.sha256(tensor.raw_data).digest()
+    if weights.is_outside(tensor) or tensor.HasField("raw_data"):
+        whole = hashlib.sha256()
+        for piece in weights.pieces(tensor):
+            whole.update(piece)
+        return head + whole.digest()
     return head + hashlib.sha256(tensor.SerializeToString(deterministic=True)).digest()
-
-
-class FreshNames:
-    """Gives names that are free in the whole model, control-flow bodies included."""
-
-    def __init__(self, proto: ModelProto) -> None:
-        nodes = list(all_nodes(proto.graph))
-        graphs = [proto.graph, *(body for node in nodes for _, body in bodies(node))]
-        self._taken = {
-            value.name
-            for graph in graphs
-            for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
-        }
-        self._taken.update(*((node.name, *node.input, *node.output) for node in nodes))
-
-    def fresh(self, wanted: str) -> str:
-        """`wanted`, with a number behind it where it is taken; it is taken from now on."""
-        name, number = wanted, 0
-        while name in self._taken:
-            number += 1
-            name = f"{wanted}_{number}"
-        self._taken.add(name)
-        return name
 
 
 def metadata(proto: ModelProto) -> Mapping[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -24,7 +25,7 @@ from .comparison import SIMULATED, SIMULATED_HALF, Comparison, compare_models
 from .edges import Plan, count
 from .errors import ModelError
 from .float16 import to_float16
-from .graph import INTEGER_OPS, QDQ_OPS
+from .graph import all_nodes, is_integer_op
 from .insertion import insert_pairs
 from .model import Model, Source, load
 from .rules.filters import Selection, vetoed
@@ -39,6 +40,8 @@ log = logging.getLogger("qdq_surgeon")
 VERSION = version("qdq-surgeon")
 RANGE_SAMPLES = 16
 """How many samples tell which activations exceed FP16's range."""
+AS_GIVEN = "the model as given (with its own pairs)"
+"""What the result is compared with where the model came with pairs."""
 NO_SCALES = Scales("none", Origin(("no data",), "", 0), "", {})
 
 
@@ -72,17 +75,19 @@ def quantize(
     include: Selection = (),
     exclude: Selection = (),
     op_types: Iterable[str] = (),
+    requantize: bool = False,
     **options: Unpack[Options],
 ) -> Result:
     """The whole line: a float model in, the same model with Q/DQ pairs out, and the reasons and figures.
 
     `model`: a path, a ModelProto, or anything with `.model_proto`; never changed. `data`: a path, a mapping of
     arrays, or an iterable of mappings; without it the test_data_set_* folders beside the model, else synthetic
-    inputs (`result.scales.origin.synthetic`). `placement`, `predicates`, `include`, `exclude` and `op_types` are
+    inputs (`result.scales.origin.synthetic`). Q/DQ pairs that the model comes with stay, with their scales, unless
+    `requantize` takes them out first. `placement`, `predicates`, `include`, `exclude` and `op_types` are
     those of `plan`, the other options those of `apply`.
     Raises QdqError, or one of its kinds, for whatever does not fit.
     """
-    source = load(model)
+    source = load(model, requantize=requantize)
     the_plan = plan(
         source, placement=placement, predicates=predicates, include=include, exclude=exclude, op_types=op_types
     )
@@ -137,7 +142,7 @@ def apply(
     range_method(method)  # a wrong name should not cost a calibration
     source = load(model)
     check_plan(source, the_plan)
-    if not the_plan.sites:
+    if not the_plan.adds_pairs:
         return Result(insert(source, the_plan, NO_SCALES), the_plan, NO_SCALES)
     split = Split(_feeds(source, data, shapes, preprocessing), samples, keep=compare or float16)
     if calibration_cache is not None:
@@ -181,7 +186,11 @@ def _compared(
 ) -> Result:
     batches = split.for_comparison()
     data = split.feeds.source
-    comparison = compare_models(source.original, result.model, batches, data, held_out, progress, where)
+    comparison = compare_models(
+        source.original, result.model, batches, data, held_out, progress, where, source.custom_ops
+    )
+    if source.quantized:
+        comparison = replace(comparison, reference=AS_GIVEN)
     return replace(result, comparison=comparison, evaluation=tuple(batches))
 
 
@@ -198,7 +207,8 @@ def plan(
 
     `placement` is a preset's name, a .toml file, or several separated by commas; `predicates` adds conditions of
     your own by name. `include`, `exclude` and `op_types` are vetoes: names, globs, or (not op_types) a function of
-    the node. Raises PlacementError, FilterError, or ModelError for a model that is already quantized.
+    the node. Pairs that the model comes with are in the plan by the rule `in-model`; load it with `requantize` to
+    leave them out. Raises PlacementError, FilterError, or ModelError for a model that is quantized in operator form.
     """
     source = load(model)
     _check_is_float(source)
@@ -249,7 +259,7 @@ def choose(model: Source, the_plan: Plan, statistics: Statistics, method: str = 
 def insert(model: Source, the_plan: Plan, scales: Scales) -> ModelProto:
     """A copy of the model with the planned pairs; the model as it was given where there are none."""
     source = load(model)
-    if the_plan.sites:
+    if the_plan.adds_pairs:
         return insert_pairs(source, the_plan, scales, VERSION)
     copy = ModelProto()
     copy.CopyFrom(source.original)
@@ -268,7 +278,10 @@ def compare(
     """Run both models on all of the data in onnxruntime and measure how far apart their outputs are."""
     left, right = load(float_model), load(qdq_model)
     source = _feeds(left, data, shapes, preprocessing)
-    return compare_models(left.original, right.original, source.batches, source.source, None, progress)
+    libraries = (*left.custom_ops, *right.custom_ops)
+    return compare_models(
+        left.original, right.original, source.batches, source.source, None, progress, custom_ops=libraries
+    )
 
 
 def evaluation_batches(
@@ -284,7 +297,7 @@ def evaluation_batches(
 def _feeds(source: Model, data: Data | None, shapes: Shapes | None, preprocessing: Preprocessing | None) -> Feeds:
     if data is not None:
         return feeds.read_data(data, source, preprocessing)
-    return feeds.default_data(source, shapes, trial(source.original))
+    return feeds.default_data(source, shapes, trial(source.original, source.custom_ops))
 
 
 def _collect(
@@ -321,10 +334,10 @@ def _warn(source: Model, statistics: Statistics, method: str | None) -> None:
 
 
 def _check_is_float(source: Model) -> None:
-    counts = dict.fromkeys(sorted(QDQ_OPS | INTEGER_OPS), 0)
-    for node in source.proto.graph.node:
-        if node.op_type in counts:
-            counts[node.op_type] += 1
-    found = ", ".join(f"{number} {op}" for op, number in counts.items() if number)
+    found = Counter(node.op_type for node in all_nodes(source.proto.graph) if is_integer_op(node))
     if found:
-        raise ModelError(f"the model is already quantized ({found}): give the float model")
+        ops = ", ".join(f"{number} {op}" for op, number in sorted(found.items()))
+        raise ModelError(
+            f"the model is already quantized in operator form ({ops}), which TensorRT does not take: "
+            "give the float model, or export it with Q/DQ pairs"
+        )

@@ -7,7 +7,7 @@ only data moves, and tensors that a rule lets share, get one scale from their st
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import or_
@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from .calibration.ranges import DEFAULT_METHOD, LEVELS, RangeMethod, range_method
+from .calibration.ranges import DEFAULT_METHOD, RangeMethod, range_method
 from .calibration.statistics import Origin, Statistic, Statistics
-from .edges import Edge, Plan, Site
+from .edges import IN_MODEL, LEVELS, Edge, Plan, Site
 from .errors import DataError, ModelError, PlanError
 from .graph import HALF_TYPES, Graph
 from .model import Model
@@ -69,9 +69,12 @@ class Scales:
 
 
 def tensors_to_calibrate(plan: Plan) -> tuple[str, ...]:
-    """The activations whose statistics `choose_scales` needs: one for each run of data movement."""
-    bases = _Chains(plan).bases
-    return tuple(dict.fromkeys(bases[site.tensor] for site in plan.sites if not site.weight))
+    """The activations whose statistics `choose_scales` needs: one for each run of data movement of unknown range."""
+    chains = _Chains(plan)
+    known = {chains.tops[site.tensor] for site in plan.sites if site.is_in_model and not site.weight}
+    known |= {chains.tops[site.tensor] for site in plan.sites if site.range and not site.weight}
+    sites = (site for site in plan.sites if not site.weight and chains.tops[site.tensor] not in known)
+    return tuple(dict.fromkeys(chains.bases[site.tensor] for site in sites))
 
 
 def choose_scales(model: Model, plan: Plan, statistics: Statistics, method: str = DEFAULT_METHOD) -> Scales:
@@ -86,17 +89,23 @@ def choose_scales(model: Model, plan: Plan, statistics: Statistics, method: str 
     threshold = range_method(method)
     idle = _never_run(model.graph, plan, statistics)
     groups = _Groups(plan, statistics, threshold, idle)
-    dropped = _edges_without_range(plan, idle) | dict(groups.drop_what_cannot_share())
+    dropped = _edges_without_range(plan, idle) | _edges_out_of_reach(model, plan)
+    dropped |= dict(groups.drop_what_cannot_share())
     amax: dict[str, float] = groups.thresholds()
     values: dict[tuple[str, int | None], NDArray[Any]] = {}
     for site in plan.sites:
         if all(edge in dropped for edge in site.edges):
             continue
-        limits = _weight_amax(model.graph, site) if site.weight else np.asarray(amax[site.tensor])
-        scale = to_scale(limits, model.graph.element_type(site.tensor) or TensorProto.FLOAT)
-        scale.setflags(write=False)
-        values[site.tensor, site.axis] = scale
+        scale = _scale_in_model(model, site) if site.is_in_model else _scale(model.graph, site, amax)
+        if scale is not None:
+            scale.setflags(write=False)
+            values[site.tensor, site.axis] = scale
     return Scales(method, statistics.origin, model.digest, values, dropped)
+
+
+def _scale(graph: Graph, site: Site, amax: Mapping[str, float]) -> NDArray[Any]:
+    limits = _weight_amax(graph, site) if site.weight else np.asarray(amax[site.tensor])
+    return to_scale(limits, graph.element_type(site.tensor) or TensorProto.FLOAT)
 
 
 def _never_run(graph: Graph, plan: Plan, statistics: Statistics) -> frozenset[str]:
@@ -111,9 +120,30 @@ def _never_run(graph: Graph, plan: Plan, statistics: Statistics) -> frozenset[st
 def _edges_without_range(plan: Plan, idle: frozenset[str]) -> dict[Edge, str]:
     """The edges that stay float for want of a range, with all others of the same nodes: none is half quantized."""
     bases = _Chains(plan).bases
-    nodes = {edge.key for site in plan.sites if bases.get(site.tensor) in idle for edge in site.edges}
-    reason = "calibration never ran this part of the graph"
-    return {edge: reason for site in plan.sites for edge in site.edges if edge.key in nodes}
+    edges = (read.edge for site in plan.sites if bases.get(site.tensor) in idle for read in site.added)
+    return _whole_nodes(plan, edges, "calibration never ran this part of the graph")
+
+
+def _edges_out_of_reach(model: Model, plan: Plan) -> dict[Edge, str]:
+    """The edges whose tensor came with a pair that they cannot read, and whose scale is none for a pair of ours."""
+    sites = (site for site in plan.sites if site.is_in_model and _scale_in_model(model, site) is None)
+    reads = ((site, read.edge) for site in sites for read in site.added)
+    edges = (edge for site, edge in reads if model.existing_pair(site.tensor, site.axis, edge.scope) is None)
+    return _whole_nodes(plan, edges, "the pair that its tensor came with stands in another body")
+
+
+def _whole_nodes(plan: Plan, edges: Iterable[Edge], reason: str) -> dict[Edge, str]:
+    nodes = {edge.key for edge in edges}
+    return {read.edge: reason for site in plan.sites for read in site.added if read.edge.key in nodes}
+
+
+def _scale_in_model(model: Model, site: Site) -> NDArray[Any] | None:
+    """The scale of the pair that the site's tensor came with; None where a pair of ours could not have it."""
+    scope = next(read.edge.scope for read in site.reads if read.rule == IN_MODEL)
+    pair = model.existing_pair(site.tensor, site.axis, scope)
+    if pair is None or pair.scale is None or not pair.is_symmetric_int8:
+        return None
+    return pair.scale.reshape(-1 if site.axis is not None else ()).copy()
 
 
 def to_scale(amax: NDArray[Any], element_type: int) -> NDArray[Any]:
@@ -158,6 +188,9 @@ class _Groups:
         self._statistics: dict[str, list[Statistic]] = defaultdict(list)
         self._reaches: dict[str, float] = {}
         self._known = {site.tensor: max(map(abs, site.range)) for site in plan.sites if site.range}
+        came = [site.tensor for site in plan.sites if site.is_in_model and not site.weight]
+        self._given = {tensor: self._known[tensor] for tensor in came if tensor in self._known}
+        self._apart = {tensor for tensor in came if tensor not in self._known}
         for base in tensors_to_calibrate(plan):
             statistic = statistics.tensors.get(base)
             if statistic is None:
@@ -173,6 +206,10 @@ class _Groups:
         spans: dict[str, tuple[float, float]] = {}
         for share in self._plan.shares:
             tops = sorted({self._find(self._chains.tops.get(tensor, tensor)) for tensor in share.tensors})
+            given = {self._given[top] for top in tops if top in self._given}
+            if len(given) > 1 or self._apart.intersection(share.tensors):
+                yield from ((edge, _reason_apart(given)) for edge in share.edges)
+                continue
             found = [spans.get(top) or (self._reach(top),) * 2 for top in tops if self._reach(top) > 0]
             low, high = (min(low for low, _ in found), max(high for _, high in found)) if found else (1.0, 1.0)
             if share.limit is not None and high > low * share.limit:
@@ -181,6 +218,7 @@ class _Groups:
                 continue
             self._parents.update(dict.fromkeys(tops[1:], tops[0]))
             spans[tops[0]] = (low, high)
+            self._given.update(dict.fromkeys(tops[:1] if given else (), max(given, default=0.0)))
 
     def thresholds(self) -> dict[str, float]:
         """Every activation site's threshold: the known range of its group, else that of its statistics together."""
@@ -191,7 +229,8 @@ class _Groups:
         for tensor, reach in self._known.items():
             root = self._find(self._chains.tops[tensor])
             known[root] = max(known.get(root, 0.0), reach)
-        chosen = {root: known.get(root) or self._together(tops) for root, tops in members.items()}
+        known |= {root: reach for root, reach in self._given.items() if root in known}
+        chosen = {root: self._together(tops) for root, tops in members.items() if root not in known} | known
         roots = {tensor: self._find(top) for tensor, top in self._chains.tops.items()}
         return {tensor: chosen[root] for tensor, root in roots.items() if root in chosen}
 
@@ -215,6 +254,13 @@ class _Groups:
         while tensor != root:
             self._parents[tensor], tensor = root, self._parents[tensor]
         return root
+
+
+def _reason_apart(given: set[float]) -> str:
+    if len(given) > 1:
+        scales = ", ".join(f"{reach / LEVELS:.6g}" for reach in sorted(given))
+        return f"the pairs that came with the model do not share a scale: {scales}"
+    return "a pair that came with the model is not symmetric INT8, so no other tensor can share its scale"
 
 
 def _weight_amax(graph: Graph, site: Site) -> NDArray[Any]:

@@ -307,10 +307,10 @@ def test_a_plan_of_another_model_is_refused_as_such(stage):
         calls[stage]()
 
 
-def test_a_quantized_model_is_refused():
+def test_a_quantized_model_stays_as_it_is_or_is_quantized_afresh():
     quantized = qdq_surgeon.quantize(model(CLASSIFIER), {"x": images()}).model
-    with pytest.raises(ModelError, match=r"already quantized .*QuantizeLinear.*give the float model"):
-        qdq_surgeon.quantize(quantized, {"x": images()})
+    assert qdq_surgeon.quantize(quantized, {"x": images()}).model == quantized
+    assert qdq_surgeon.quantize(quantized, {"x": images()}, requantize=True).model == quantized
 
 
 # ---- texts ------------------------------------------------------------------------------------------------------

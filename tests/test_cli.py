@@ -35,10 +35,7 @@ RUNS_ONE_SAMPLE_ONLY = """g (float[N,3,8,8] x) => (float[N,16] y) <float[192,16]
 
 NOTHING_TO_DO = "g (float[N,3] x) => (float[N,3] y) { y = Relu(x) }"
 
-ALREADY_QUANTIZED = """g (float[N,3] x) => (float[N,3] y) <float s = {0.5}, int8 z = {0}> {
-    q = QuantizeLinear(x, s, z)
-    y = DequantizeLinear(q, s, z)
-}"""
+ALREADY_QUANTIZED = """g (uint8[N,3,8,8] x) => (int32[N,8,6,6] y) <uint8[8,3,3,3] w> { y = ConvInteger(x, w) }"""
 
 IMAGE_TO_IMAGE = """g (float[N,16,8,8] x) => (float[N,16,6,6] y) <float[16,16,3,3] w> {
     c = Conv(x, w)
@@ -66,7 +63,7 @@ def folder(tmp_path, monkeypatch):
     Path("text.onnx").write_text("This is not a model.\n")
     Path("empty.onnx").touch()
     Path("folder").mkdir()
-    onnx.save(model(ALREADY_QUANTIZED), "quantized.onnx")
+    onnx.save(model(ALREADY_QUANTIZED), "integers.onnx")
     onnx.save(model(NOTHING_TO_DO), "nothing.onnx")
     onnx.save(model(IMAGE_TO_IMAGE), "image.onnx")
     np.savez("image.npz", x=np.random.default_rng(0).standard_normal((4, 16, 8, 8)).astype(np.float32))
@@ -331,7 +328,7 @@ BAD = {
     "empty file": (["empty.onnx", *DATA], "empty.onnx"),
     "folder": (["folder", *DATA], "folder is a folder"),
     "this folder": ([".", *DATA], "folder"),
-    "already quantized": (["quantized.onnx", *DATA], "already quantized (1 DequantizeLinear, 1 QuantizeLinear)"),
+    "already quantized": (["integers.onnx", *DATA], "already quantized in operator form (1 ConvInteger)"),
     "refused by onnxruntime": (["custom.onnx"], "onnxruntime refuses the model"),
     "unknown preset": (["model.onnx", *DATA, "--placement", "tensort"], "Did you mean 'tensorrt'"),
     "missing placement file": (["model.onnx", *DATA, "--placement", "no.toml"], "no.toml: no such placement file"),
@@ -414,7 +411,7 @@ BAD_STAGE = {
     ),
     "calibrate with bad data": (["calibrate", "model.onnx", "--data", "nan.npz"], "NaN or infinity"),
     "calibrate where the report is the data": (["calibrate", "model.onnx", *DATA, "--json", "data.npz"], "data.npz"),
-    "plan of a quantized model": (["plan", "quantized.onnx"], "already quantized"),
+    "plan of a quantized model": (["plan", "integers.onnx"], "already quantized"),
 }
 
 

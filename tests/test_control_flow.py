@@ -13,7 +13,7 @@ from qdq_surgeon.calibration.feeds import read_data
 from qdq_surgeon.calibration.sessions import Session
 from qdq_surgeon.calibration.split import Split
 from qdq_surgeon.calibration.taps import Reader
-from qdq_surgeon.insertion import strip_pairs
+from qdq_surgeon.existing import strip_pairs
 from tests.graphs import decisions, model
 
 NESTED = """g (float[N,16,8,8] x, bool deep) => (float[N,16,8,8] y) <float[16,16,3,3] w, float[16,16,1,1] v> {

@@ -167,7 +167,7 @@ def collect(
 def _readable(model: Model) -> Model:
     """The model in types that onnxruntime computes in."""
     proto = widened(model.proto)
-    return model if proto is model.proto else Model(proto, proto, model.path)
+    return model if proto is model.proto else replace(model, proto=proto, original=proto)
 
 
 def _pieces(numbered: Iterator[tuple[int, Batch]], rows: int) -> Iterator[tuple[int, Batch]]:

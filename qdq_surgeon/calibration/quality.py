@@ -106,7 +106,9 @@ def findings(model: Model, statistics: Statistics, method: str | None = None) ->
 
 def never_finite(tensors: Tensors, graph: Graph) -> Finding | None:
     """Tensors of which no finite value was seen: there is nothing to choose a scale from."""
-    names = [name for name, statistic in tensors.items() if not statistic.count and not _is_idle(name, statistic, graph)]
+    names = [
+        name for name, statistic in tensors.items() if not statistic.count and not _is_idle(name, statistic, graph)
+    ]
     if not names:
         return None
     text = f"{_listed(names)} never held a finite number; {_origin(names[0], graph)}: check the data and the model"

@@ -13,11 +13,9 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ..edges import LEVELS
 from ..errors import QdqError, nearest
 from .statistics import BUCKET_EDGES, FIRST_NON_FINITE, Statistic
-
-LEVELS = 127
-"""Symmetric INT8: the largest positive level, so scale = T / 127."""
 
 DEFAULT_METHOD = "mse"
 DEFAULT_PERCENTILE = 99.99

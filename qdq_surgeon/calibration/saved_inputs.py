@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper
 
+from .. import weights
 from ..errors import DataError
 from .batches import Batch, Feeds, Input, check_names, fixed_batch, make_batch
 
@@ -41,7 +41,7 @@ def _read_test_set(folder: Path, inputs: tuple[Input, ...]) -> Batch:
         path = folder / f"input_{index}.pb"
         try:
             tensor = onnx.load_tensor(str(path))
-            feed[tensor.name if tensor.name in names else declared.name] = numpy_helper.to_array(tensor)
+            feed[tensor.name if tensor.name in names else declared.name] = weights.array(tensor)
         except Exception as error:
             raise DataError(f"{path} is not a saved ONNX tensor ({type(error).__name__})") from error
     check_names(feed, inputs, str(folder))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,6 +17,7 @@ from onnx import ModelProto, NodeProto
 from ..bfloat16 import widened
 from ..errors import DataError, ModelError, QdqError, nearest
 from ..graph import all_nodes
+from ..storage import fits_in_one_file, on_disk
 from .feeds import Batch, Trial
 
 log = logging.getLogger("qdq_surgeon")
@@ -38,7 +40,9 @@ class Session:
     `simulate` is for Q/DQ models: basic optimizations only, and without the one that would store float weights and
     biases behind a DQ as integers, so that each pair rounds exactly where it stands. `as_is` takes the graph as it
     stands. `threads` compute one run (0: as many as there are cores). `lean` gives memory back after every run.
-    `save_to` keeps the optimized graph, its weights in a file beside it.
+    `mapped` computes on weights as they lie in their file, without a copy packed for the kernels; so does every model
+    with weights outside. `save_to` keeps the optimized graph, its weights in a file beside it. `custom_ops` are
+    libraries of operators.
     """
 
     def __init__(
@@ -50,7 +54,9 @@ class Session:
         provider: str = DEFAULT_PROVIDER,
         threads: int = 0,
         lean: bool = False,
+        mapped: bool = False,
         save_to: Path | None = None,
+        custom_ops: Iterable[Path] = (),
     ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = _QUIET
@@ -67,12 +73,23 @@ class Session:
             options.add_session_config_entry(
                 "session.optimized_model_external_initializers_file_name", f"{save_to.name}.data"
             )
-        source = str(model) if isinstance(model, Path) else runnable(model).SerializeToString()
+        for library in custom_ops:
+            _register(options, library)
         providers = _providers(provider)
-        try:
-            self._session = ort.InferenceSession(source, options, providers, disabled_optimizers=disabled)
-        except Exception as error:
-            raise ModelError(f"onnxruntime refuses the model: {_reason(error)}") from error
+        in_memory = isinstance(model, ModelProto) and fits_in_one_file(model)
+        if mapped or (isinstance(model, ModelProto) and not in_memory):
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        with contextlib.ExitStack() as opened:
+            if isinstance(model, Path):
+                source: str | bytes = str(model)
+            elif in_memory:
+                source = runnable(model).SerializeToString()
+            else:
+                source = str(opened.enter_context(on_disk(runnable(model))))
+            try:
+                self._session = ort.InferenceSession(source, options, providers, disabled_optimizers=disabled)
+            except Exception as error:
+                raise ModelError(f"onnxruntime refuses the model: {_reason(error)}") from error
         if PROVIDERS[provider] not in self._session.get_providers():
             raise QdqError(f"onnxruntime cannot start its {provider} provider here: check driver and libraries")
         self.outputs: tuple[str, ...] = tuple(output.name for output in self._session.get_outputs())
@@ -112,9 +129,9 @@ class Session:
         return None
 
 
-def trial(proto: ModelProto) -> Trial:
+def trial(proto: ModelProto, custom_ops: Iterable[Path] = ()) -> Trial:
     """`Session.runs` of one session, which is opened when the first feed is tried."""
-    session = functools.cache(lambda: Session(proto))
+    session = functools.cache(lambda: Session(proto, custom_ops=custom_ops))
     return lambda feed: session().runs(feed)
 
 
@@ -123,6 +140,15 @@ def runnable(proto: ModelProto) -> ModelProto:
     proto = widened(proto)
     names = [node.name for node in _every_node(proto) if node.name]
     return proto if len(set(names)) == len(names) else _nameless(proto)
+
+
+def _register(options: ort.SessionOptions, library: Path) -> None:
+    if not library.is_file():
+        raise QdqError(f"{library}: no such library of custom ops")
+    try:
+        options.register_custom_ops_library(str(library.absolute()))
+    except Exception as error:
+        raise QdqError(f"{library} is no library of custom ops that onnxruntime can load: {_reason(error)}") from error
 
 
 def _providers(provider: str) -> list[str]:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError, PlanError
-from ..model import write_atomically
+from ..storage import write_atomically
 
 BUCKETS = 1 << 15
 FIRST_NON_FINITE = 0x7F80

@@ -22,11 +22,13 @@ from typing import Any
 import onnx
 import psutil
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper
 
+from .. import weights
 from ..errors import DataError
 from ..graph import Graph, Node, all_nodes, bodies
 from ..model import Model
+from ..storage import WeightFolder
 from .feeds import Batch
 from .flow import Flow, Values, Visit
 from .sessions import DEFAULT_PROVIDER, Session, runnable
@@ -42,7 +44,6 @@ SAME_VALUES = frozenset({"Identity", "Reshape", "Transpose", "Flatten", "Squeeze
 BLOCK = 16
 """Blocked layouts pad channels to a multiple of 8 or 16, after the CPU; whole multiples of 16 are never padded."""
 _BLOCKED_OPS = frozenset({"Conv", "MaxPool", "AveragePool", "GlobalAveragePool"})
-_OUTSIDE_BYTES = 1024  # larger weights go into the file beside the graph
 _SESSION_COPIES = 2  # onnxruntime holds weights as stored, and packed for its kernels
 _WORKING = 3  # what a run is fed and computes with takes about twice as much again as what it gives
 _RESERVE = 64 << 20
@@ -78,13 +79,17 @@ class _FlowStage:
     """A control-flow node with tensors to read inside."""
 
     flow: Flow
+    tapped: tuple[str, ...]
 
     @property
     def inputs(self) -> tuple[str, ...]:
         return self.flow.inputs
 
     def run(self, values: Values, batch: Batch, visit: Visit) -> dict[str, Any]:
-        return self.flow.run(values, visit)
+        found = self.flow.run(values, visit)
+        for name in self.tapped:
+            visit(name, found[name])
+        return found
 
 
 class Reader:
@@ -105,6 +110,7 @@ class Reader:
         results: Sequence[str] = (),
     ) -> None:
         self._graph = model.graph
+        self._custom_ops = model.custom_ops
         self._fed = frozenset(model.graph.inputs) & set(tensors)
         self._names = [name for name in tensors if name not in self._fed]
         self._results = frozenset(results)
@@ -178,11 +184,13 @@ class Reader:
         for index, part in enumerate(parts):
             inside = self._flows.get(part[0].first_output)
             if inside:
-                self._stages.append(_FlowStage(Flow(part[0], self._graph, inside, self._opened)))
+                tapped = tuple(name for name in part[0].outputs if name in self._names)
+                self._stages.append(_FlowStage(Flow(part[0], self._graph, inside, self._opened), tapped))
             else:
                 self._stages.append(self._stage(part, parts[index + 1 :], threads, lean=len(parts) > 1))
 
     def _opened(self, model: Model, tensors: Sequence[str], results: Sequence[str], first: Batch) -> Reader:
+        model = replace(model, custom_ops=self._custom_ops)
         return Reader(model, tensors, first, self._provider, self._memory, results)
 
     def _stage(self, nodes: list[Node], later: list[list[Node]], threads: int, lean: bool) -> _Stage:
@@ -192,10 +200,20 @@ class Reader:
         passed = sorted((made & ahead) - {name for name in made if self._graph.is_constant(name)})
         path = self._store.write(nodes, list(dict.fromkeys((*tapped, *passed))))
         outputs = {name: name for name in tapped}
-        blocked = self._provider == "cpu" and any(node.op in _BLOCKED_OPS for node in nodes)
+        # onnxruntime's optimizer gives one name twice where bodies hold convolutions too
+        plain = not any(bodies(node.proto) for node in nodes)
+        blocked = plain and self._provider == "cpu" and any(node.op in _BLOCKED_OPS for node in nodes)
         if blocked:
-            path, outputs = _in_kernel_layout(path, outputs, passed)
-        session = Session(path, as_is=blocked, provider=self._provider, threads=threads, lean=lean)
+            path, outputs = _in_kernel_layout(path, outputs, passed, self._custom_ops)
+        session = Session(
+            path,
+            as_is=blocked,
+            provider=self._provider,
+            threads=threads,
+            lean=lean,
+            mapped=self._store.mapped,
+            custom_ops=self._custom_ops,
+        )
         return _Stage(session, self._store.inputs(nodes), outputs, tuple(passed))
 
     def _sizes(self, first: Batch) -> dict[str, int]:
@@ -206,7 +224,7 @@ class Reader:
         unknown = [name for name in names if name not in found]
         if unknown:
             path = self._store.write(self._nodes, unknown, sizes=True)
-            session = Session(path, provider=self._provider)
+            session = Session(path, provider=self._provider, custom_ops=self._custom_ops)
             feed = {name: first.feed[name] for name in self._store.inputs(self._nodes)}
             runs = session.run(replace(first, feed=feed, along=first.along & set(feed)), list(session.outputs))
             found |= {name: sum(map(int, sizes)) for name, sizes in zip(unknown, zip(*runs, strict=True), strict=True)}
@@ -307,25 +325,12 @@ class _Store:
         self._graph = graph
         self._folder = folder
         self._written = 0
-        self.weight_bytes = 0
         read = {name for node in nodes for name in (*node.inputs, *node.captured)}
-        self._initializers: dict[str, TensorProto] = {}
-        with (folder / "weights").open("wb") as file:
-            for tensor in graph.proto.graph.initializer:
-                if tensor.name in read:
-                    self._initializers[tensor.name] = self._outside(tensor, file)
-
-    def _outside(self, tensor: TensorProto, file: Any) -> TensorProto:
-        self.weight_bytes += tensor.ByteSize()
-        if tensor.ByteSize() < _OUTSIDE_BYTES or tensor.data_type == TensorProto.STRING:
-            return tensor
-        data = tensor.raw_data or numpy_helper.to_array(tensor).tobytes()
-        outside = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-        outside.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", "weights"), ("offset", file.tell()), ("length", len(data))):
-            outside.external_data.add(key=key, value=str(value))
-        file.write(data)
-        return outside
+        needed = [tensor for tensor in graph.proto.graph.initializer if tensor.name in read]
+        self.weight_bytes = sum(map(weights.size, needed))
+        self.mapped = any(map(weights.is_outside, needed))
+        with WeightFolder(folder) as beside:
+            self._initializers = {tensor.name: beside.put(tensor) for tensor in needed}
 
     def inputs(self, nodes: Sequence[Node]) -> tuple[str, ...]:
         """What must be fed to run these nodes alone."""
@@ -364,14 +369,16 @@ class _Store:
         return self._graph.element_type(name) or TensorProto.FLOAT
 
 
-def _in_kernel_layout(path: Path, tapped: dict[str, str], passed: Sequence[str]) -> tuple[Path, dict[str, str]]:
+def _in_kernel_layout(
+    path: Path, tapped: dict[str, str], passed: Sequence[str], custom_ops: Iterable[Path]
+) -> tuple[Path, dict[str, str]]:
     """The graph as onnxruntime optimizes it, with the taps put before the reordering from the blocked layout.
 
     onnxruntime's convolutions write blocks of 8 or 16 channels, and a ReorderOutput node makes the ordinary layout of
     what leaves the graph. Statistics do not ask for an order, so what is only read for them is not reordered.
     """
     optimized = path.with_suffix(".optimized.onnx")
-    Session(path, threads=1, save_to=optimized)
+    Session(path, threads=1, save_to=optimized, custom_ops=custom_ops)
     proto = onnx.load(optimized, load_external_data=False)
     graph = proto.graph
     readers = {name for node in all_nodes(graph) for name in node.input} | set(passed)

@@ -56,4 +56,7 @@ class _Teller:
         if edge in self._kept:
             rule = self._kept[edge]
             return f"float by {rule}: {self._because[rule]}"
-        return "float: no rule speaks of it" if self._graph.is_float(tensor) else "not a float tensor"
+        if not self._graph.is_float(tensor):
+            return "not a float tensor"
+        domain, _, op = edge.op.rpartition("::")
+        return f"float: {op} is of the domain {domain}, not ONNX's own" if domain else "float: no rule speaks of it"

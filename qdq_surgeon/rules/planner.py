@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from ..edges import GRAPH_OUTPUT, Edge, Kept, Miss, Plan, Read, Share, Site
+from ..edges import GRAPH_OUTPUT, IN_MODEL, Edge, Kept, Miss, Plan, Read, Share, Site
 from ..errors import PlanError
 from ..graph import DATA_FREE_OPS, MIN_OPSET, Graph, Node
 from ..model import Model
-from .commuting import moved_from
+from .commuting import commutes, moved_from
 from .patterns import Bound, Match, match_input, match_node, root_ops
 from .placement import Condition, Placement, Rule, Selector
 from .predicates import Subject, sentence
@@ -20,6 +20,7 @@ OUTPUT_RULE = "graph-output"
 BUILT_IN = {
     FILTER_RULE: "Your filter keeps this node in float.",
     OUTPUT_RULE: "A graph's own outputs keep their type.",
+    IN_MODEL: "The model came with this pair.",
 }
 
 
@@ -43,10 +44,11 @@ class _Missed:
 def make_plan(model: Model, placement: Placement, out: frozenset[str] = frozenset()) -> Plan:
     """Apply the rules to a model; `out` are the first outputs of the nodes that the user's filters keep float.
 
+    Pairs that the model came with are decided before any rule or filter.
     Nodes are visited consumers first; within a node, rules in file order; the first rule that speaks of an edge
     decides it. Rules with a condition on other readers' decisions are tried after all others.
     """
-    planner = _Planner(model.graph, out)
+    planner = _Planner(model, out)
     for late in (False, True):
         rules = _Index(rule for rule in placement.rules if rule.late is late)
         for node in reversed(model.graph.nodes):
@@ -62,6 +64,7 @@ def check_plan(model: Model, plan: Plan) -> None:
     """Raise PlanError unless the plan belongs to the model and every site's edges read its tensor there."""
     if plan.model_digest != model.digest:
         raise PlanError("the plan belongs to another model: make one for this model with --plan --json")
+    _check_existing(model, plan)
     seen: set[Edge] = set()
     for site in plan.sites:
         _check_site(model.graph, site)
@@ -74,10 +77,17 @@ def check_plan(model: Model, plan: Plan) -> None:
             seen.add(edge)
 
 
+def _check_existing(model: Model, plan: Plan) -> None:
+    given = {edge for pair in model.existing for edge in pair.edges}
+    planned = {read.edge for site in plan.sites for read in site.reads if read.rule == IN_MODEL}
+    for edge in sorted(given ^ planned):
+        raise PlanError(f"the plan and the model do not agree whether {edge} reads a pair that came with the model")
+
+
 def _check_site(graph: Graph, site: Site) -> None:
     if site.weight is not graph.is_constant(site.tensor):
         raise PlanError(f"the plan takes '{site.tensor}' for {'a weight' if site.weight else 'an activation'}")
-    if site.axis is not None and not (site.weight and 0 <= site.axis < _rank(site.tensor, graph)):
+    if site.axis is not None and site.added and not (site.weight and 0 <= site.axis < _rank(site.tensor, graph)):
         raise PlanError(f"the plan gives '{site.tensor}' the channel axis {site.axis}, which it does not have")
     if site.source is not None and not graph.position(site.source) < graph.position(site.tensor):
         raise PlanError(f"the plan lets '{site.tensor}' reuse the scale of '{site.source}', which is not upstream")
@@ -105,11 +115,18 @@ class _Index:
 class _Planner:
     """The decisions so far. It is the View that predicates read."""
 
-    def __init__(self, graph: Graph, out: frozenset[str]) -> None:
-        self.graph = graph
+    def __init__(self, model: Model, out: frozenset[str]) -> None:
+        self.graph = model.graph
         self._out = out
-        self._decided: dict[Edge, _Decision] = {}
-        self._ranges: dict[str, tuple[float, float]] = {}
+        self._reaches = {pair.tensor: pair.reach for pair in reversed(model.existing)}
+        self._decided: dict[Edge, _Decision] = {
+            edge: _Decision(IN_MODEL, True, pair.axis) for pair in model.existing for edge in pair.edges
+        }
+        self._ranges: dict[str, tuple[float, float]] = {
+            tensor: (-reach, reach)
+            for tensor, reach in self._reaches.items()
+            if reach and not self.graph.is_constant(tensor)
+        }
         self._shares: list[Share] = []
         self._missed: list[_Missed] = []
 
@@ -168,7 +185,8 @@ class _Planner:
         if rule.share:
             tensors = tuple(dict.fromkeys(t for s in rule.share for t in _bound(match, s.name).tensors))
             own = tuple(edge for edge in self._edges(rule.share, match) if self._rule_of(edge) == rule.name)
-            self._shares.append(Share(rule.name, tensors, own, rule.share_within))
+            if not self._reaches.keys() >= set(tensors):
+                self._shares.append(Share(rule.name, tensors, own, rule.share_within))
 
     def _rule_of(self, edge: Edge) -> str | None:
         decision = self._decided.get(edge)
@@ -189,7 +207,8 @@ class _Planner:
         for edge in (*wanted, *self._edges(rule.share, match)):
             earlier = self._decided.get(edge)
             if earlier is None or (
-                earlier.quantized and (edge not in wanted or earlier.axis == self._axis(edge, axes))
+                earlier.quantized
+                and (edge not in wanted or earlier.rule == IN_MODEL or earlier.axis == self._axis(edge, axes))
             ):
                 continue
             what = "quantized along another axis" if earlier.quantized else "kept float"
@@ -233,13 +252,14 @@ class _Planner:
                     reads.setdefault((tensor, decision.axis), []).append(Read(edge, decision.rule))
                 elif self.graph.is_float(tensor):
                     kept.append(Kept(tensor, edge, decision.rule))
+        self._find_ranges_below({tensor: decided for (tensor, _), decided in reads.items()})
         outputs = [name for name in self.graph.outputs if self.graph.is_float(name)]
         kept += [Kept(name, Edge((), name, GRAPH_OUTPUT), OUTPUT_RULE) for name in outputs]
         pairs = {tensor for tensor, _ in reads} | {tensor for share in self._shares for tensor in share.tensors}
         sites = tuple(
             Site(
                 tensor,
-                tuple(decided),
+                tuple(sorted(decided, key=lambda read: read.rule != IN_MODEL)),
                 weight=self.graph.is_constant(tensor),
                 axis=axis,
                 source=self._source(tensor, pairs),
@@ -264,12 +284,33 @@ class _Planner:
         )
 
     def _source(self, tensor: str, pairs: set[str]) -> str | None:
-        if self.graph.is_constant(tensor):
+        if self.graph.is_constant(tensor) or tensor in self._reaches:
             return None
         source = moved_from(tensor, self.graph)
         while source is not None and source not in pairs:
             source = moved_from(source, self.graph)
-        return source
+        return source if self._reaches.get(source or "", 1.0) else None
+
+    def _find_ranges_below(self, reads: Mapping[str, list[Read]]) -> None:
+        """A tensor that only moves to pairs which came with the model takes their scale, where they have but one."""
+        for tensor, decided in reads.items():
+            if self._reaches and tensor not in self._reaches and not self.graph.is_constant(tensor):
+                found = {reach for read in decided for reach in self._reaches_below(read.edge)}
+                reach = found.pop() if len(found) == 1 else None
+                if reach:
+                    self._ranges[tensor] = (-reach, reach)
+
+    def _reaches_below(self, edge: Edge) -> Iterator[float | None]:
+        node = self.graph.reading_node(edge)
+        if node is None or edge.slot or not commutes(node, self.graph):
+            yield None
+            return
+        for output in filter(None, node.outputs):
+            if output in self._reaches:
+                yield self._reaches[output]
+                continue
+            for reader in self.graph.readers(output):
+                yield from self._reaches_below(reader)
 
     def _misses(self) -> Iterator[Miss]:
         """In the order of the nodes, each with the one edge of its node that a report can point to."""

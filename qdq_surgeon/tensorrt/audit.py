@@ -14,8 +14,8 @@ from onnx import ModelProto
 
 from ..edges import count
 from ..errors import PlacementError
+from ..existing import PREFIX, strip_pairs
 from ..graph import QDQ_OPS, Graph, Node, all_nodes
-from ..insertion import PREFIX, strip_pairs
 from ..model import Model, Source, load, metadata
 from ..report.tables import table
 from ..rules.commuting import commutes

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ..calibration.ranges import LEVELS
 from ..calibration.statistics import BUCKETS, Origin, Statistic, Statistics
-from ..edges import Edge, Plan, Site
+from ..edges import LEVELS, Edge, Plan, Site
 from ..errors import DataError, nearest
-from ..model import Model, write_atomically
+from ..model import Model
 from ..rules.planner import check_plan
 from ..scales import Scales, choose_scales
+from ..storage import write_atomically
 
 METHOD = "cache"
 HEADER = "TRT-8601-EntropyCalibration2"
@@ -91,7 +91,7 @@ def write_cache(scales: Scales, plan: Plan, path: str | os.PathLike[str], header
     """
     entries: dict[str, float] = {}
     for site in plan.sites:
-        if site.weight or (site.tensor, site.axis) not in scales.values:
+        if site.weight or site.axis is not None or (site.tensor, site.axis) not in scales.values:
             continue
         entries[site.tensor] = float(scales.of(site))
         if site.source:
@@ -112,8 +112,9 @@ def scales_from_cache(model: Model, plan: Plan, cache: Mapping[str, float]) -> S
     Raises DataError where the cache has none of the plan's tensors, PlanError where the plan is of another model.
     """
     check_plan(model, plan)
-    sources = {site.tensor: site.source for site in plan.sites if not site.weight}
-    found = {tensor: scale for tensor in sources if (scale := _look_up(tensor, sources, cache))}
+    sources = {site.tensor: site.source for site in plan.sites if not site.weight and not site.is_in_model}
+    given = {site.tensor: max(site.range) / LEVELS for site in plan.sites if site.range and site.is_in_model}
+    found = {tensor: scale for tensor in sources if (scale := _look_up(tensor, sources, {**cache, **given}))}
     if sources and not found:
         first = next(iter(sources))
         raise DataError(
@@ -125,7 +126,11 @@ def scales_from_cache(model: Model, plan: Plan, cache: Mapping[str, float]) -> S
         if site.range:
             amax.setdefault(site.tensor, max(map(abs, site.range)))
     dropped = _drop(plan, amax)
-    kept = tuple(replace(site, range=None) for site in plan.sites if not dropped.keys() >= set(site.edges))
+    kept = tuple(
+        site if site.is_in_model else replace(site, range=None)
+        for site in plan.sites
+        if not dropped.keys() >= set(site.edges)
+    )
     origin = cache.origin if isinstance(cache, Cache) else Origin(("a calibration cache",), "", samples=0)
     statistics = Statistics({tensor: _statistic(reach) for tensor, reach in amax.items()}, model.digest, origin)
     scales = choose_scales(model, replace(plan, sites=kept), statistics, "max")
@@ -146,9 +151,9 @@ def _drop(plan: Plan, known: Mapping[str, float]) -> dict[Edge, str]:
     """All quantized edges of the ops that read a tensor without a scale, with the reason."""
     reasons: dict[tuple[tuple[str, ...], str], str] = {}
     for site in plan.sites:
-        if not site.weight and site.tensor not in known:
+        if not site.weight and not site.is_in_model and site.tensor not in known:
             reasons.update(((edge.scope, edge.reader), _missing(site)) for edge in site.edges)
-    edges = (edge for site in plan.sites for edge in site.edges)
+    edges = (read.edge for site in plan.sites for read in site.added)
     return {edge: reasons[edge.scope, edge.reader] for edge in edges if (edge.scope, edge.reader) in reasons}
 
 

@@ -24,6 +24,7 @@ from onnx import ModelProto
 from ..errors import QdqError, nearest
 from ..graph import tensor_type
 from ..model import Source, load
+from ..storage import fits_in_one_file, on_disk
 from .layers import Layer, from_inspector, from_log
 
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"
@@ -192,10 +193,17 @@ def _network(trt: Any, logger: Any, proto: ModelProto) -> tuple[Any, Any, Any]:
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse(proto.SerializeToString()):
+    if not _parse(parser, proto):
         errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
         raise EngineError(f"TensorRT cannot parse the model: {' '.join(' | '.join(errors).split())[:500]}")
     return builder, network, parser
+
+
+def _parse(parser: Any, proto: ModelProto) -> bool:
+    if fits_in_one_file(proto):
+        return bool(parser.parse(proto.SerializeToString()))
+    with on_disk(proto) as path:
+        return bool(parser.parse_from_file(str(path)))
 
 
 def _logger(trt: Any) -> Any:

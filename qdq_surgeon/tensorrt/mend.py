@@ -13,10 +13,11 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ..edges import count
-from ..graph import FLOAT_TYPES, QDQ_OPS, Graph, Node, all_nodes
-from ..model import FreshNames, Source, load
+from ..graph import FLOAT_TYPES, QDQ_OPS, FreshNames, Graph, Node, all_nodes
+from ..model import Source, load
 from ..rules.commuting import commutes
 from ..scales import to_scale
+from ..storage import with_weights
 from .lint import DEFAULT_TARGET, Finding, lint
 from .lint_rules import POOLS, SMALLEST_HALF, channel_axis, one_sided, same_names, same_values
 from .view import INTEGER_TYPES, OTHER_QUANTIZED_TYPES, Linear, Values, View, constant_value
@@ -42,7 +43,7 @@ def mend(model: Source, target: str = DEFAULT_TARGET) -> Mended:
     Raises ModelError for what is no readable ONNX model, QdqError for an unknown target.
     """
     proto = ModelProto()
-    proto.CopyFrom(load(model).original)
+    proto.CopyFrom(with_weights(load(model).original))
     read_before = _names_read(proto)
     done: list[str] = []
     refused: dict[str, str] = {}

@@ -185,7 +185,7 @@ def compare_engines(
     audited = audit(load(quantized), backend=backend, shapes=given)
     if not audited.backend.gpu:
         return EngineReport(audited.backend, audited, left_out="accuracy and latency in TensorRT, for lack of a GPU")
-    reference = Session(float_model.original)
+    reference = Session(float_model.original, custom_ops=float_model.custom_ops)
     models: dict[str, Callable[[], ModelProto]] = {
         "FP32": lambda: float_model.original,
         "FP16": lambda: to_float16(float_model.original).model,

@@ -125,7 +125,7 @@ def test_duplicate_names_count_where_one_is_a_q_or_dq():
     assert (finding.code, finding.node) == ("duplicate-names", "QuantizeLinear same")
     proto = conv(tail="c = Conv(x_d, w_d)\n y = Relu(c)")
     for node in proto.graph.node:
-        node.name = "" if node.op_type in qdq_surgeon.model.QDQ_OPS else "same"
+        node.name = "" if node.op_type in qdq_surgeon.graph.QDQ_OPS else "same"
     assert found(proto) == set()
 
 

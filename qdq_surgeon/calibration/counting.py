@@ -53,8 +53,8 @@ class Accumulator:
                 kept.size,
             )
         counted = kernel is None and self._tables is not None and _bincount(chunk)
-        with self._lock:
-            self._minimum, self._maximum = min(self._minimum, low), max(self._maximum, high)
+        with self._lock:  # plus 0, because which of 0 and -0 is smaller depends on the order
+            self._minimum, self._maximum = min(self._minimum, low) + 0.0, max(self._maximum, high) + 0.0
             self._count += finite
             self._non_finite += chunk.size - finite
             self._growth[epoch] = max(self._growth[epoch], -low, high)

@@ -1,7 +1,7 @@
 """Data quality, said out loud: what the statistics of a run tell about the data. Pure NumPy, nothing runs.
 
 A finding is a warning where the data look poor, and an error where no scale can be chosen. A report that cries wolf is
-not read, so each limit stands beside what rightly prepared data gave: those of 17 image and 9 other trained models.
+not read, so each limit stands beside what rightly prepared data gave, on 16 image models and 10 others.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ STRONG = 30.0
 """By how much data must miss the scale that the graph speaks of. Rightly scaled data missed what a BatchNormalization
 was trained on by at most 3.1, and lay below the bias of the first layer by at most 6."""
 SATURATED = 100.0
-"""Values of this order before a Sigmoid, Softmax or Relu6 make no sense: rightly scaled data gave at most 13."""
+"""Values of this order make no sense before the first Sigmoid, Softmax or Relu6: rightly scaled data gave up to 13."""
 CLASSES = 10
 """A Gemm or MatMul that gives so many outputs of the model, or more, counts as a classifier."""
 
@@ -194,12 +194,12 @@ def few_samples(tensors: Tensors, samples: int, method: str | None) -> Finding |
 def growing(tensors: Tensors, graph: Graph) -> Finding | None:
     """Ranges that further data still widen: the samples are sorted, drift, or are too few.
 
-    Judged by the last three doublings of the data, of which the last may be incomplete. Among values drawn alike this
-    is rare: runs of 16 to 63 shuffled real samples gave it in 0.6 % (2 speech models: in up to 7 %), Gaussian and
-    Laplace values in none of 1000. A volume that rises steadily from 0.1 to 1 gave it in 96 % where the inputs of the
-    model were counted, in 42 % where not.
+    Judged by the last three doublings of the data, of which the last may be incomplete. Of runs of 16 to 63 shuffled
+    real samples 0.6 % gave it (no image model; speech and control models, fed single frames, in up to 7 %), of 12,000
+    runs of Gaussian values none and of Laplace values one. Of runs whose volume rises steadily from 0.1 to 1, 96 % gave
+    it where the inputs of the model were measured, 42 % where they were not.
     """
-    names = [name for name, statistic in tensors.items() if statistic.amax]
+    names = [name for name, statistic in tensors.items() if statistic.growth.any()]
     epochs = max((int(np.flatnonzero(tensors[name].growth)[-1]) + 1 for name in names), default=0)
     if epochs < GROWTH_EPOCHS:
         return None
@@ -239,10 +239,15 @@ def _against_constants(tensors: Tensors, graph: Graph) -> Iterator[Finding]:
 
 def _against_normalization(tensors: Tensors, graph: Graph) -> Iterator[Finding]:
     """The first BatchNormalization that can be judged: it, or the Conv before it, reads what was measured."""
-    judged = ((node, _judged_by(node, tensors, graph)) for node in graph.nodes if node.op == "BatchNormalization")
-    node, (tensor, factor) = next(((node, found) for node, found in judged if found), (None, ("", 1.0)))
-    if node and _misses(factor):
-        yield _misscaled(tensor, f"leads to values {_times(factor)} those that {node.label} was trained on", factor)
+    norms = [node for node in graph.nodes if node.op == "BatchNormalization"]
+    for norm in norms:
+        judged = _judged_by(norm, tensors, graph)
+        if judged is None:
+            continue
+        tensor, factor = judged
+        if _misses(factor):
+            yield _misscaled(tensor, f"leads to values {_times(factor)} those that {norm.label} was trained on", factor)
+        return
 
 
 def _against_bias(tensors: Tensors, graph: Graph) -> Iterator[Finding]:

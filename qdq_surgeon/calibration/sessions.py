@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -76,6 +77,7 @@ class Session:
         self.outputs: tuple[str, ...] = tuple(output.name for output in self._session.get_outputs())
         self._half_inputs = {i.name for i in self._session.get_inputs() if i.type == "tensor(float16)"}
         self._whole = True
+        self._lock = threading.Lock()
 
     def run(self, batch: Batch, names: Sequence[str]) -> list[list[NDArray[Any]]]:
         """The named outputs for one batch; once per sample where the model does not run on the whole batch."""
@@ -85,8 +87,10 @@ class Session:
             except Exception as error:
                 if not batch.divisible:
                     raise DataError(f"onnxruntime cannot run the model on the data: {_reason(error)}") from error
-            log.info("the model does not run on %d samples at once: one at a time from here on", batch.samples)
-            self._whole = False
+            with self._lock:
+                news, self._whole = self._whole, False
+            if news:
+                log.info("the model does not run on %d samples at once: one at a time from here on", batch.samples)
         single = [batch.part(index, index + 1) for index in range(batch.samples)]
         return [outputs for part in single for outputs in self.run(part, names)]
 

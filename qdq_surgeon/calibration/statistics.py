@@ -104,12 +104,16 @@ class Statistics:
     origin: Origin
 
     def __or__(self, other: Statistics) -> Statistics:
-        """Both runs together: exact, in any order and grouping. Raises PlanError where they do not belong together."""
+        """Both runs together: exact, in any order and grouping.
+
+        Raises PlanError where they do not belong together, DataError for the same data twice.
+        """
         if self.model_digest != other.model_digest:
             raise PlanError("these statistics belong to different models: merge those of one model")
         missing = sorted(self.tensors.keys() ^ other.tensors.keys())
         if missing:
             raise PlanError(f"some of these statistics lack '{missing[0]}': calibrate all with one placement")
+        _check_once([self, other])
         merged = {name: statistic | other.tensors[name] for name, statistic in self.tensors.items()}
         return Statistics(merged, self.model_digest, self.origin | other.origin)
 
@@ -146,7 +150,7 @@ class Statistics:
         if not Path(path).is_file():
             raise DataError(f"{path}: no such file of statistics")
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as archive:
                 return _unpacked({name: archive[name] for name in archive.files})
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
@@ -161,11 +165,15 @@ class Statistics:
 
 def merged(parts: list[Statistics]) -> Statistics:
     """All of them together. Raises PlanError where two do not belong together, DataError for the same data twice."""
+    _check_once(parts)
+    return functools.reduce(operator.or_, parts)
+
+
+def _check_once(parts: list[Statistics]) -> None:
     digests = [part.origin.digest for part in parts]
-    doubled = next((part for part in parts if digests.count(part.origin.digest) > 1), None)
+    doubled = next((part for part in parts if part.origin.digest and digests.count(part.origin.digest) > 1), None)
     if doubled:
         raise DataError(f"the same samples of {doubled.origin.data} are there twice: merge each part once")
-    return functools.reduce(operator.or_, parts)
 
 
 def _span(histogram: NDArray[np.int64] | None) -> tuple[int, int]:

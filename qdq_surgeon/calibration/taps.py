@@ -13,8 +13,9 @@ import math
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import psutil
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from ..errors import DataError
 from ..model import Graph, Model, Node, all_nodes
 from .feeds import Batch
 from .sessions import DEFAULT_PROVIDER, Session, runnable
@@ -80,12 +82,15 @@ class Reader:
         self._nodes = _leading_to(model.graph, self._names)
         self._provider = provider
         self._memory = memory
+        self._lock = threading.Lock()
         self._stages: list[_Stage] = []
         self.rows, self.workers = first.samples, 1
         with tempfile.TemporaryDirectory(prefix="qdq_surgeon.", ignore_cleanup_errors=True) as folder:
             self._store = _Store(model.graph, Path(folder), self._nodes)
             if self._names:
-                self._open(first.part(0, 1))
+                self._open(first)
+            if self.rows < first.samples and not self._runs(first.part(0, self.rows)):
+                self.rows = sys.maxsize
 
     def read(self, batch: Batch) -> Iterator[tuple[str, Array]]:
         """Run one batch; the tensors as they come: name and values, in no particular layout."""
@@ -110,17 +115,32 @@ class Reader:
     def _check_memory(self) -> None:
         """Say once that the process takes more than it should."""
         taken = psutil.Process().memory_info().rss
-        if self._memory is not None and taken > self._memory:
-            log.warning(
-                "the run takes %d MB, more than the %d MB allowed: a single layer of one sample needs that much",
-                taken >> 20,
-                self._memory >> 20,
-            )
+        with self._lock:
+            allowed = self._memory
+            if allowed is None or taken <= allowed:
+                return
             self._memory = None
+        log.warning(
+            "the run takes %d MB, more than the %d MB allowed: a single layer of one sample needs that much",
+            taken >> 20,
+            allowed >> 20,
+        )
 
-    def _open(self, sample: Batch) -> None:
+    def _runs(self, part: Batch) -> bool:
+        """True where the model runs on a part of a batch: some want a whole one, whatever their inputs declare."""
+        try:
+            return all(True for _ in self.read(part))
+        except DataError:
+            return False
+
+    def _open(self, first: Batch) -> None:
         """Size the tensors by one sample, then open as many stages as the budget asks for."""
-        sizes = self._sizes(sample)
+        sample = first.part(0, 1)
+        try:
+            sizes = self._sizes(sample)
+        except DataError:  # the model wants a whole batch
+            sample = replace(first, along=frozenset())
+            sizes = self._sizes(sample)
         total = sum(sizes.values())
         if self._memory is None:
             budget = RUN_BYTES
@@ -130,7 +150,7 @@ class Reader:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         wanted = cores if self._provider == "cpu" else 1
         self.workers = max(1, min(wanted, budget // max(_WORKING * total, 1)))
-        self.rows = max(1, RUN_ELEMENTS * 4 // max(total, 1))
+        self.rows = max(1, RUN_ELEMENTS * 4 // max(total, 1)) if sample.samples == 1 else sys.maxsize
         parts = _cut(self._graph, self._nodes, sizes, budget // _WORKING)
         threads = max(1, cores // self.workers)
         for index, part in enumerate(parts):
@@ -192,14 +212,14 @@ def _leading_to(graph: Graph, tensors: Iterable[str]) -> list[Node]:
     for node in reversed(graph.nodes):
         if wanted.intersection(node.outputs):
             nodes.append(node)
-            wanted.update((*node.inputs, *node.captured))
+            wanted.update(filter(None, (*node.inputs, *node.captured)))
     return nodes[::-1]
 
 
 def _reads(graph: Graph, nodes: Iterable[Node]) -> set[str]:
-    """What the nodes read that is not constant."""
-    names = {name for node in nodes for name in (*node.inputs, *node.captured) if name}
-    return {name for name in names if not graph.is_constant(name)}
+    """What the nodes read that is fed or computed from it."""
+    names = {name for node in nodes for name in (*node.inputs, *node.captured)}
+    return {name for name in names if (graph.producer(name) or name in graph.inputs) and not graph.is_constant(name)}
 
 
 def _cut(graph: Graph, nodes: Sequence[Node], sizes: Mapping[str, int], budget: int) -> list[list[Node]]:

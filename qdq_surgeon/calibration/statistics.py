@@ -155,7 +155,7 @@ class Statistics:
         if not Path(path).is_file():
             raise DataError(f"{path}: no such file of statistics")
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as archive:
                 return _unpacked({name: archive[name] for name in archive.files})
         except DataError as error:
             raise DataError(f"{path}: {error}") from None

@@ -165,8 +165,13 @@ class Reader:
         return True
 
     def _open(self, first: Batch) -> None:
-        """Size the tensors for one sample, then open as many stages as the budget asks for."""
-        sizes = self._sizes(first)
+        """Size the tensors by one sample, then open as many stages as the budget asks for."""
+        sample = first.part(0, 1)
+        try:
+            sizes = self._sizes(sample)
+        except DataError:  # the model wants a whole batch
+            sample = replace(first, along=frozenset())
+            sizes = self._sizes(sample)
         total = sum(sizes.values())
         if self._memory is None:
             budget = RUN_BYTES
@@ -176,9 +181,9 @@ class Reader:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         wanted = cores if self._provider == "cpu" else 1
         self.workers = max(1, min(wanted, budget // max(_WORKING * total, 1)))
-        self.rows = max(1, RUN_ELEMENTS * 4 // max(total, 1))
+        self.rows = max(1, RUN_ELEMENTS * 4 // max(total, 1)) if sample.samples == 1 else sys.maxsize
         parts = _cut(self._graph, self._nodes, sizes, budget // _WORKING, self._flows)
-        if len(parts) > 1:
+        if len(parts) > 1 and sample.samples == 1:
             self.rows = 1
         threads = max(1, cores // self.workers)
         for index, part in enumerate(parts):

@@ -35,7 +35,7 @@ def open_arrays(path: Path, inputs: tuple[Input, ...]) -> dict[str, Rows]:
         if file.read(2) == b"PK":
             return _open_archive(path, inputs)
         file.seek(0)
-        return {only_input(inputs, str(path)).name: _Mapped(path, *_layout(file, path.stat().st_size))}
+        return {only_input(inputs, str(path)).name: _Stored(path, *_layout(file, path.stat().st_size))}
 
 
 def _open_archive(path: Path, inputs: tuple[Input, ...]) -> dict[str, Rows]:
@@ -49,34 +49,23 @@ def _open_archive(path: Path, inputs: tuple[Input, ...]) -> dict[str, Rows]:
 
 def _open_member(path: Path, archive: zipfile.ZipFile, name: str) -> Rows:
     with archive.open(name) as file:
-        return _Member(path, *_layout(file, archive.getinfo(name).file_size), name)
+        return _Stored(path, *_layout(file, archive.getinfo(name).file_size), name)
 
 
 @dataclass(frozen=True)
-class _Mapped:
-    """The array of an .npy."""
+class _Stored:
+    """The array of an .npy, or one of an .npz, of which only the rows in hand are in memory.
+
+    An .npy is read rather than mapped: mapped pages count as the process's memory as long as it lives.
+    """
 
     path: Path
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    name: str | None = None
 
     def pieces(self, size: int) -> Iterator[NDArray[Any]]:
-        with _readable(self.path):
-            array = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        yield from InMemory(array).pieces(size)
-
-
-@dataclass(frozen=True)
-class _Member:
-    """One array of an .npz."""
-
-    path: Path
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    name: str
-
-    def pieces(self, size: int) -> Iterator[NDArray[Any]]:
-        with _readable(self.path), zipfile.ZipFile(self.path) as archive, archive.open(self.name) as file:
+        with _readable(self.path), self._opened() as file:
             _, by_column, _ = _header(file)
             if by_column:
                 file.seek(0)
@@ -86,6 +75,15 @@ class _Member:
             for start in range(0, rows, size):
                 stop = min(start + size, rows)
                 yield self._read(file, stop - start, last=stop == rows)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[IO[bytes]]:
+        if self.name is None:
+            with self.path.open("rb") as file:
+                yield file
+            return
+        with zipfile.ZipFile(self.path) as archive, archive.open(self.name) as member:
+            yield member
 
     def _read(self, file: IO[bytes], rows: int, last: bool) -> NDArray[Any]:
         shape = (rows, *self.shape[1:]) if self.shape else ()

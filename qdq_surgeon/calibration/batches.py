@@ -88,7 +88,7 @@ class Batch:
             return self
         cut = {name for name in self.along if _rows(self.feed[name]) == self.samples}
         feed = {name: array[start:stop] if name in cut else array for name, array in self.feed.items()}
-        return Batch(feed, min(stop, self.samples) - start, self.along)
+        return Batch(feed, min(stop, self.samples) - start, frozenset(cut))
 
 
 @dataclass(frozen=True)

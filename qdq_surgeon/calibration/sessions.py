@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -181,5 +182,5 @@ def _every_node(proto: ModelProto) -> Iterator[NodeProto]:
 
 def _reason(error: BaseException) -> str:
     """onnxruntime's message without its prefix, on one line."""
-    text = " ".join(str(error).split())
+    text = re.sub(r"Load model from .*? failed: ?", "", " ".join(str(error).split()))
     return text.split(" : ", 3)[-1][:300] if text.startswith("[ONNXRuntimeError]") else text[:300]

@@ -78,7 +78,7 @@ class Statistic:
 class Origin:
     """The data behind a calibration: where from, a digest of what was fed, how many samples, made up or not.
 
-    The digest is the sum of the SHA-256 of every fed batch, modulo 2^256: it depends on neither order nor grouping.
+    The digest is the sum of the SHA-256 of every sample, modulo 2^256: it depends on neither order nor grouping.
     """
 
     sources: tuple[str, ...]
@@ -118,6 +118,9 @@ class Statistics:
         missing = sorted(self.tensors.keys() ^ other.tensors.keys())
         if missing:
             raise PlanError(f"some of these statistics lack '{missing[0]}': calibrate all with one placement")
+        kinds = {statistic.histogram is None for part in (self, other) for statistic in part.tensors.values()}
+        if len(kinds) > 1:
+            raise PlanError("some of these statistics hold ranges only, others histograms too: merge those of one kind")
         _check_once([self, other])
         merged = {name: statistic | other.tensors[name] for name, statistic in self.tensors.items()}
         return Statistics(merged, self.model_digest, self.origin | other.origin)

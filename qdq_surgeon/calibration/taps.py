@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import psutil
 from numpy.typing import NDArray
@@ -47,6 +48,7 @@ _BLOCKED_OPS = frozenset({"Conv", "MaxPool", "AveragePool", "GlobalAveragePool"}
 _SESSION_COPIES = 2  # onnxruntime holds weights as stored, and packed for its kernels
 _WORKING = 3  # what a run is fed and computes with takes about twice as much again as what it gives
 _RESERVE = 64 << 20
+_ROUNDING = 1e-3  # kernels for one sample and for several may round differently
 
 Array = NDArray[Any]
 
@@ -125,7 +127,10 @@ class Reader:
             self._store = _Store(model.graph, Path(folder), self._nodes)
             if self._nodes:
                 self._open(first)
-            if self.rows < first.samples and not self._runs(first.part(0, self.rows)):
+            if self.rows < first.samples and not self._is_the_same_in_parts(first.part(0, 2 * self.rows)):
+                log.info("the model's tensors depend on which samples are fed together: batches are fed whole")
+                self._stages.clear()
+                self._open(replace(first, along=frozenset()))
                 self.rows = sys.maxsize
 
     def run(self, batch: Batch, visit: Visit) -> Values:
@@ -135,11 +140,11 @@ class Reader:
         values: dict[str, Any] = dict(batch.feed)
         for index, stage in enumerate(self._stages):
             values |= stage.run(values, batch, visit)
+            self._check_memory()
             wanted = {name for later in self._stages[index + 1 :] for name in later.inputs} | self._results
             values = {name: array for name, array in values.items() if name in wanted}
             if self._stages[1:]:
                 _give_back()
-        self._check_memory()
         return values
 
     def _check_memory(self) -> None:
@@ -151,18 +156,36 @@ class Reader:
                 return
             self._memory = None
         log.warning(
-            "the run takes %d MB, more than the %d MB allowed: a single layer of one sample needs that much",
+            "the process takes %d MB, more than the %d MB allowed: with less the model cannot be run in stages",
             taken >> 20,
             allowed >> 20,
         )
 
-    def _runs(self, part: Batch) -> bool:
-        """True where the model runs on a part of a batch: some want a whole one, whatever their inputs declare."""
+    def _is_the_same_in_parts(self, whole: Batch) -> bool:
+        """True where two parts of a batch, fed one by one, give what they give together.
+
+        They do not where axis 0 is no batch: tokens, points or steps that a layer puts in relation to each other.
+        """
         try:
-            self.run(part, lambda name, array: None)
+            together = self._summary([whole])
+            apart = self._summary([whole.part(0, self.rows), whole.part(self.rows, whole.samples)])
         except DataError:
             return False
-        return True
+        return all(_agree(together[name], apart[name]) for name in together)
+
+    def _summary(self, batches: Iterable[Batch]) -> dict[str, tuple[int, float, float]]:
+        """Size, minimum and maximum of every tensor over some batches."""
+        found: dict[str, tuple[int, float, float]] = {}
+
+        def note(name: str, array: Array) -> None:
+            size, low, high = found.get(name, (0, math.inf, -math.inf))
+            values = np.asarray(array, np.float32)
+            low, high = min(low, float(np.min(values, initial=low))), max(high, float(np.max(values, initial=high)))
+            found[name] = size + values.size, low, high
+
+        for batch in batches:
+            self.run(batch, note)
+        return found
 
     def _open(self, first: Batch) -> None:
         """Size the tensors by one sample, then open as many stages as the budget asks for."""
@@ -235,6 +258,13 @@ class Reader:
             found |= {name: sum(map(int, sizes)) for name, sizes in zip(unknown, zip(*runs, strict=True), strict=True)}
         samples = first.samples if first.divisible else 1
         return {name: 4 * size // samples for name, size in found.items()}
+
+
+def _agree(one: tuple[int, float, float], other: tuple[int, float, float]) -> bool:
+    """True where two summaries are the same but for rounding."""
+    reach = max(map(abs, one[1:]))
+    close = all(abs(a - b) <= _ROUNDING * reach or a == b for a, b in zip(one[1:], other[1:], strict=True))
+    return one[0] == other[0] and (close or not math.isfinite(reach))
 
 
 def _give_back() -> None:

@@ -13,7 +13,7 @@ from qdq_surgeon.calibration import sessions
 from qdq_surgeon.calibration.feeds import Batch
 from qdq_surgeon.calibration.sessions import Session, trial
 from qdq_surgeon.errors import DataError, ModelError, QdqError
-from qdq_surgeon.model import all_nodes
+from qdq_surgeon.graph import all_nodes
 from tests.graphs import model
 
 RELU = "g (float[N,2] x) => (y) { r = Relu(x)\n y = Neg(r) }"

@@ -16,7 +16,8 @@ from qdq_surgeon.calibration.split import Split
 from qdq_surgeon.calibration.statistics import BUCKET_EDGES, FIRST_NON_FINITE
 from qdq_surgeon.calibration.taps import Reader, same_values
 from qdq_surgeon.errors import DataError, ModelError
-from qdq_surgeon.model import all_nodes, load
+from qdq_surgeon.graph import all_nodes
+from qdq_surgeon.model import load
 from tests.graphs import model, shuffled
 
 CONV_RELU = """g (float[N,3,8,8] x) => (y) <float[16,3,3,3] w, float[16] b> {
@@ -711,7 +712,7 @@ def made_up(loaded, samples=5):
 
 def floats_of(loaded):
     graph = loaded.graph
-    made = [name for node in graph.nodes for name in node.outputs if name and graph.is_float(name)]
+    made = [name for node in graph.nodes if not node.scope for name in node.outputs if name and graph.is_float(name)]
     fed = [name for name in graph.inputs if graph.is_float(name)]
     return fed + [name for name in made if not graph.is_constant(name)]
 

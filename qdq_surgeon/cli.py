@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -253,7 +255,9 @@ def _data_options(parser: argparse.ArgumentParser, samples: bool = True) -> None
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--provider", default="cpu", help="where onnxruntime calibrates: cpu (default), cuda, tensorrt")
-    parser.add_argument("--memory", type=_bytes, metavar="SIZE", help="how much memory to take at most, such as 2G")
+    parser.add_argument(
+        "--memory", type=_bytes, metavar="SIZE", help="how much memory a calibration may take, such as 2G"
+    )
 
 
 def _placement_options(parser: argparse.ArgumentParser) -> None:
@@ -294,6 +298,7 @@ def _run(
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO if options.verbose else logging.WARNING)
+    restore = _end_like_an_interrupt()
     try:
         return command(options, (lambda _: None) if options.quiet else _say)
     except QdqError as error:
@@ -307,6 +312,19 @@ def _run(
         return INTERRUPTED
     finally:
         log.removeHandler(handler)
+        restore()
+
+
+def _end_like_an_interrupt() -> Callable[[], object]:
+    """Let SIGTERM, which job schedulers send, end the command as Ctrl-C does; returns what undoes that."""
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    return lambda: signal.signal(signal.SIGTERM, before)
 
 
 def _say(text: object) -> None:

@@ -129,6 +129,13 @@ def _check_insert(options: argparse.Namespace) -> None:
         raise QdqError("--plan-file holds the decisions: give placement and filters to the --plan that made it")
     if options.stats and options.calibration_cache:
         raise QdqError("--stats and --calibration-cache both give ranges: leave one out")
+    given = options.stats or options.calibration_cache
+    if options.stats and (options.memory is not None or options.provider != "cpu" or options.samples is not None):
+        raise QdqError(
+            "--samples, --memory and --provider are for a calibration, which --stats replaces: leave them out"
+        )
+    if given and options.float16 and not _is_data_given(options):
+        raise QdqError("--float16 needs samples, to see which values exceed FP16: give --data too")
     wants_comparison = options.engine or any(gate is not None for gate in gates)
     if options.no_compare and wants_comparison:
         raise QdqError("--engine, --min-sqnr and --min-agreement need the comparison: leave --no-compare out")
@@ -168,7 +175,8 @@ def calibrate(options: argparse.Namespace, say: Callable[[object], None]) -> int
     _check_files(options, options.output)
     _say_notes(model, say)
     plan = _make_plan(model, options)
-    with _progress_bar(options) as progress, _resumable(options):
+    partial = options.output.with_name(f"{options.output.name}.partial") if options.output else None
+    with _progress_bar(options) as progress, _resumable(partial):
         statistics = pipeline.calibrate(
             model,
             plan,
@@ -180,7 +188,7 @@ def calibrate(options: argparse.Namespace, say: Callable[[object], None]) -> int
             shard=options.shard,
             provider=options.provider,
             memory=options.memory,
-            checkpoint=options.output.with_name(f"{options.output.name}.partial") if options.output else None,
+            checkpoint=partial,
             resume=options.resume,
             progress=progress,
         )
@@ -197,6 +205,8 @@ def calibrate(options: argparse.Namespace, say: Callable[[object], None]) -> int
     if options.output:
         statistics.save(options.output)
         say(f"wrote {options.output}")
+    if partial:
+        partial.unlink(missing_ok=True)
     if options.json:
         _write_json_value(options.json, {"samples": statistics.origin.samples, "ranges": ranges})
         say(f"wrote {options.json}")
@@ -204,12 +214,12 @@ def calibrate(options: argparse.Namespace, say: Callable[[object], None]) -> int
 
 
 @contextlib.contextmanager
-def _resumable(options: argparse.Namespace) -> Iterator[None]:
+def _resumable(partial: Path | None) -> Iterator[None]:
     """Say with an interruption that the run can be resumed."""
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("go on with --resume" if options.output else "") from None
+        raise KeyboardInterrupt("go on with --resume" if partial and partial.exists() else "") from None
 
 
 def merge(options: argparse.Namespace, say: Callable[[object], None]) -> int:
@@ -423,6 +433,7 @@ def _check_files(options: argparse.Namespace, *outputs: Path | None) -> None:
 
     named = ("model", "quantized", "data", "plan_file", "calibration_cache", "placement", "preprocess")
     inputs = [Path(value) for name in named if (value := getattr(options, name, None)) is not None]
+    inputs += [Path(text.partition(".py:")[0] + ".py") for text in _scripts(options)]
     stats = getattr(options, "stats", None)
     inputs += stats if isinstance(stats, list) else [stats] if stats else []
     reports = [getattr(options, name, None) for name in ("json", "html", "write_cache")]
@@ -434,11 +445,24 @@ def _check_files(options: argparse.Namespace, *outputs: Path | None) -> None:
             raise QdqError(f"the folder {output.parent} does not exist: create it, or name another output")
         if not output.exists() and not os.access(output.parent, os.W_OK):
             raise QdqError(f"{output} cannot be written: the folder {output.parent} takes no files from you")
+        if _is_in_data(output, options):
+            raise QdqError(f"{output} would lie among the data, and be read as one of them: name another folder")
         if any(is_same(output, other) for other in inputs):
             raise QdqError(f"{output} is the input itself, which is never overwritten: name another output")
         if any(is_same(output, other) for other in seen):
             raise QdqError(f"{output} is named for two outputs: give each its own file")
         seen.append(output)
+
+
+def _scripts(options: argparse.Namespace) -> list[str]:
+    """The data scripts named, with or without the name of a function behind them."""
+    named = (getattr(options, name, None) for name in ("data", "data_loader_script"))
+    return [str(value) for value in named if value is not None and ".py" in str(value)]
+
+
+def _is_in_data(output: Path, options: argparse.Namespace) -> bool:
+    data = getattr(options, "data", None)
+    return data is not None and data.is_dir() and data.resolve() in output.resolve().parents
 
 
 def _check_gates(options: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ from .calibration.split import Shard, Split
 from .calibration.statistics import Origin, Statistics
 from .comparison import SIMULATED, SIMULATED_HALF, Comparison, compare_models
 from .edges import Plan, count
-from .errors import ModelError
+from .errors import DataError, ModelError, QdqError
 from .float16 import to_float16
 from .graph import all_nodes, is_integer_op
 from .insertion import insert_pairs
@@ -144,6 +144,10 @@ def apply(
     check_plan(source, the_plan)
     if not the_plan.adds_pairs:
         return Result(insert(source, the_plan, NO_SCALES), the_plan, NO_SCALES)
+    if statistics is not None and calibration_cache is not None:
+        raise QdqError("statistics and a calibration cache both give ranges: leave one out")
+    if float16 and data is None and (statistics is not None or calibration_cache is not None):
+        raise DataError("float16 needs samples, to see which values exceed FP16: give data too")
     split = Split(_feeds(source, data, shapes, preprocessing), samples, keep=compare or float16)
     if calibration_cache is not None:
         scales = scales_from_cache(source, the_plan, read_cache(calibration_cache))
@@ -157,7 +161,8 @@ def apply(
     if float16:
         result = _in_float16(result, source, split, float16_io)
     if compare:
-        unseen = None if split.samples == 0 else split.held_out
+        known = statistics is not None and split.feeds.source in statistics.origin.sources
+        unseen = split.held_out if split.samples else False if known else None
         result = _compared(result, source, split, unseen, SIMULATED_HALF if float16 else SIMULATED, progress)
     return result
 
@@ -236,7 +241,8 @@ def calibrate(
 
     The statistics serve every range method; `method="max"` keeps ranges only, which is faster. `shard` (i, n) takes
     the i-th of n parts of the data: merge the n statistics with `|`. `checkpoint` names a file that is written now
-    and then, from which `resume` goes on; it goes away at the end. See `apply` for the other options.
+    and then, and at the end, from which `resume` goes on; remove it when you have saved the statistics. See `apply`
+    for the other options.
     Raises PlanError, DataError or ModelError where plan, data or model do not fit.
     """
     if method is not None:
@@ -245,8 +251,6 @@ def calibrate(
     split = Split(_feeds(source, data, shapes, preprocessing), samples, hold_out=False, keep=False, shard=shard)
     kept = Checkpoint(Path(checkpoint), resume) if checkpoint is not None else None
     statistics = _collect(source, the_plan, split, method, provider, memory, kept, progress)
-    if kept:
-        kept.remove()
     _warn(source, statistics, method)
     return statistics
 

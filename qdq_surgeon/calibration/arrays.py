@@ -1,8 +1,7 @@
 """The arrays in .npz and .npy files: their headers are read at once, their rows when their turn comes.
 
-Memory holds the batch in hand only, however large the file: an .npy is mapped, and the members of an .npz are read
-from the archive in step, each through a file of its own. An array stored in Fortran order has no rows to read one
-after another, so that one of an .npz is read whole.
+Memory holds the batch in hand only, however large the file: arrays are read in step, each through a file of its own.
+An array stored in Fortran order has no rows to read one after another, so it is read whole.
 """
 
 from __future__ import annotations

@@ -61,9 +61,6 @@ class Checkpoint:
         statistics.save(self.path)
         self._due = time.monotonic() + CHECKPOINT_SECONDS
 
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
-
 
 class _Run:
     """What a run has counted so far. Several threads may count at once."""
@@ -161,7 +158,10 @@ def collect(
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-    return run.statistics(split.feeds)
+    statistics = run.statistics(split.feeds)
+    if checkpoint:
+        checkpoint.write(statistics)
+    return statistics
 
 
 def _readable(model: Model) -> Model:

@@ -121,7 +121,7 @@ def test_a_refused_model_is_one_line():
 
 def test_a_trial_gives_the_reason_and_opens_one_session(monkeypatch):
     opened = []
-    monkeypatch.setattr(sessions, "Session", lambda proto: opened.append(proto) or Session(proto))
+    monkeypatch.setattr(sessions, "Session", lambda proto, **_: opened.append(proto) or Session(proto))
     runs = trial(model(RELU))
     assert not opened
     assert runs({"x": TWO_SAMPLES}) is None

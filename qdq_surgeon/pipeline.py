@@ -241,8 +241,8 @@ def calibrate(
 
     The statistics serve every range method; `method="max"` keeps ranges only, which is faster. `shard` (i, n) takes
     the i-th of n parts of the data: merge the n statistics with `|`. `checkpoint` names a file that is written now
-    and then, and at the end, from which `resume` goes on; remove it when you have saved the statistics. See `apply`
-    for the other options.
+    and then, from which `resume` goes on; remove it when you have saved the statistics. See `apply` for the other
+    options.
     Raises PlanError, DataError or ModelError where plan, data or model do not fit.
     """
     if method is not None:

@@ -88,12 +88,12 @@ def test_a_mistake_is_answered_in_one_line(command, options, message, folder, ca
     calibrated("--ranges-only", output="ranges.npz")
     Path("load.py").write_text("def load_data():\n    yield {}\n", encoding="utf-8")
     Path("arrays").mkdir()
-    before = sorted(os.listdir())
+    before = listed()
     code = exit_code(command, options)
     error = capsys.readouterr().err.splitlines()
     assert code == 2
     assert message in error[-1]
-    assert sorted(os.listdir()) == before
+    assert listed() == before
     assert "load_data" in Path("load.py").read_text(encoding="utf-8")
 
 
@@ -129,11 +129,15 @@ def test_an_interrupted_run_says_how_to_go_on_and_ends_in_the_bytes_of_a_whole_o
     child.send_signal(number)
     _, error = child.communicate(timeout=60)
     assert (child.returncode, error.splitlines()[-1].endswith("interrupted, go on with --resume")) == (130, True)
-    assert sorted(os.listdir()) == ["part.npz.partial", "slow.py"]
+    assert listed() == ["part.npz.partial", "slow.py"]
     for options in (["-o", "part.npz", "--resume"], ["-o", "whole.npz"]):
         subprocess.run([*command, *options], check=True, capture_output=True, env=environment)
     assert Path("part.npz").read_bytes() == Path("whole.npz").read_bytes()
-    assert sorted(os.listdir()) == ["part.npz", "slow.py", "whole.npz"]
+    assert listed() == ["part.npz", "slow.py", "whole.npz"]
+
+
+def listed():
+    return sorted(path.name for path in Path().iterdir())
 
 
 def exit_code(command, options):

@@ -158,10 +158,7 @@ def collect(
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-    statistics = run.statistics(split.feeds)
-    if checkpoint:
-        checkpoint.write(statistics)
-    return statistics
+    return run.statistics(split.feeds)
 
 
 def _readable(model: Model) -> Model:

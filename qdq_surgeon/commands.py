@@ -433,7 +433,7 @@ def _check_files(options: argparse.Namespace, *outputs: Path | None) -> None:
 
     named = ("model", "quantized", "data", "plan_file", "calibration_cache", "placement", "preprocess")
     inputs = [Path(value) for name in named if (value := getattr(options, name, None)) is not None]
-    inputs += [Path(text.partition(".py:")[0] + ".py") for text in _scripts(options)]
+    inputs += _scripts(options)
     stats = getattr(options, "stats", None)
     inputs += stats if isinstance(stats, list) else [stats] if stats else []
     reports = [getattr(options, name, None) for name in ("json", "html", "write_cache")]
@@ -454,10 +454,12 @@ def _check_files(options: argparse.Namespace, *outputs: Path | None) -> None:
         seen.append(output)
 
 
-def _scripts(options: argparse.Namespace) -> list[str]:
-    """The data scripts named, with or without the name of a function behind them."""
+def _scripts(options: argparse.Namespace) -> list[Path]:
+    """The files of the data scripts named, with or without a function behind them."""
+    from .calibration.scripts import script_file
+
     named = (getattr(options, name, None) for name in ("data", "data_loader_script"))
-    return [str(value) for value in named if value is not None and ".py" in str(value)]
+    return [file for value in named if value is not None and (file := script_file(value))]
 
 
 def _is_in_data(output: Path, options: argparse.Namespace) -> bool:

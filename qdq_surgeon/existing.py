@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from .edges import LEVELS, Edge, count, scoped
-from .errors import ModelError
 from .graph import QDQ_OPS, FreshNames, Graph, Node, all_nodes, bodies, first_output_of
 from .rules.commuting import MOVES
 
@@ -107,11 +106,11 @@ def _pairs(given: Graph, floats: Graph) -> Iterator[ExistingPair]:
 
 def _constants(dequantize: Node, given: Graph) -> dict[str, Any]:
     """Scale, zero point, axis and type, as far as they are known and the Q of the pair has the same."""
-    values = [_value(given, name) for name in dequantize.inputs[1:]]
+    values = [given.known_value(name) for name in dequantize.inputs[1:]]
     maker = given.producer(dequantize.inputs[0])
     kind = given.element_type(dequantize.inputs[0])
     if maker is not None and is_linear(maker.proto):
-        theirs = [_value(given, name) for name in maker.inputs[1:]]
+        theirs = [given.known_value(name) for name in maker.inputs[1:]]
         if not _are_same(values, theirs):
             return {}
         kind = kind or int(maker.attribute("output_dtype") or 0) or TensorProto.UINT8
@@ -123,15 +122,6 @@ def _constants(dequantize: Node, given: Graph) -> dict[str, Any]:
     rank = len(given.shape(dequantize.outputs[0]) or given.shape(dequantize.inputs[0]) or ())
     axis = _axis(dequantize.proto) % max(rank, 1) if scale.size > 1 else None
     return {"scale": scale, "zero_point": zero, "axis": axis, "type": kind}
-
-
-def _value(graph: Graph, name: str) -> NDArray[Any] | None:
-    if not name or not graph.is_constant(name):
-        return None
-    try:
-        return graph.value(name)
-    except ModelError:
-        return None
 
 
 def _are_same(ours: list[NDArray[Any] | None], theirs: list[NDArray[Any] | None]) -> bool:
@@ -271,13 +261,13 @@ class _Stripper:
             return False
         if len(quantize.inputs) < 3 or not quantize.inputs[2]:
             return not quantize.attribute("output_dtype")  # UINT8 with zero point 0
-        zero = _value(self._view, quantize.inputs[2])
+        zero = self._view.known_value(quantize.inputs[2])
         return zero is not None and zero.dtype.kind in "iu" and bool((zero == np.iinfo(zero.dtype).min).all())
 
     def _dequantized(self, node: NodeProto) -> NDArray[Any] | None:
         """(value - zero point) * scale along the axis; None where the scale is computed, or there is one per block."""
-        value, scale = (_value(self._view, self._key(name)) for name in node.input[:2])
-        zero = _value(self._view, self._key(node.input[2])) if len(node.input) > 2 and node.input[2] else np.int8(0)
+        value, scale = (self._view.known_value(self._key(name)) for name in node.input[:2])
+        zero = self._view.known_value(self._key(node.input[2])) if len(node.input) > 2 and node.input[2] else np.int8(0)
         if value is None or scale is None or zero is None or scale.ndim > 1:
             return None
         if scale.size > 1 and (not value.ndim or value.shape[_axis(node) % value.ndim] != scale.size):

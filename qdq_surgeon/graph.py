@@ -246,6 +246,15 @@ class Graph:
         except Exception as error:
             raise ModelError(f"the values of '{tensor}' cannot be read: {one_line(error)}") from error
 
+    def known_value(self, tensor: str) -> NDArray[Any] | None:
+        """The value of a constant tensor; None where it is none, or cannot be computed."""
+        if not tensor or not self.is_constant(tensor):
+            return None
+        try:
+            return self.value(tensor)
+        except ModelError:
+            return None
+
     def _literal(self, tensor: str) -> TensorProto | None:
         """The tensor in a Constant node, where it is written as one."""
         node = self._producers.get(tensor)

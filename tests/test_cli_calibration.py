@@ -78,6 +78,7 @@ BAD = {
     "shard beyond": ("calibrate", [*DATA, "--shard", "3/2"], "such as 2/8"),
     "output that is the script": ("calibrate", ["--data", "load.py", "-o", "load.py"], "is the input itself"),
     "output that is the script of a function": ("calibrate", ["--data", "load.py:f", "-o", "load.py"], "input itself"),
+    "output that is the loader": ("calibrate", ["--data-loader-script", "load.py", "-o", "load.py"], "input itself"),
     "output among the data": ("calibrate", ["--data", "arrays", "-o", "arrays/s.npz"], "would lie among the data"),
 }
 

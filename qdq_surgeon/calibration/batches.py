@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -81,6 +81,10 @@ class Batch:
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.feed.values())
+
+    def copied(self) -> Batch:
+        """The batch with arrays of its own: whoever gave an array may fill it anew for the next batch."""
+        return replace(self, feed={name: array.copy() for name, array in self.feed.items()})
 
     def part(self, start: int, stop: int) -> Batch:
         """The samples from `start` to `stop`; the whole batch where the model does not allow to cut it."""

@@ -45,7 +45,7 @@ def _sha256(batch: Batch) -> bytes:
 class Checkpoint:
     """A file that holds a run in the making, so that an interrupted one can go on.
 
-    The first `batches` batches of the data are in `before`; `write` is called now and then with more.
+    `before` is what an interrupted run had counted; `write` is called now and then with more.
     """
 
     def __init__(self, path: Path, resume: bool) -> None:
@@ -124,9 +124,7 @@ def collect(
     """
     run = _Run(model, tensors, ranges_only)
     numbered = enumerate(split)
-    first = next(numbered, None)
-    if first is None:
-        return run.statistics(split.feeds)
+    first = next(numbered)  # a split without samples raises
     reader = Reader(_readable(model), run.read, first[1], provider, memory)
     remaining: Iterator[tuple[int, Batch]] = itertools.chain([first], numbered)
     if checkpoint and checkpoint.before:
@@ -168,11 +166,10 @@ def _readable(model: Model) -> Model:
 
 
 def _pieces(numbered: Iterator[tuple[int, Batch]], rows: int) -> Iterator[tuple[int, Batch]]:
-    """The batches cut to what is fed at once; copies, because whoever gave an array may fill it anew meanwhile."""
+    """The batches cut to what is fed at once, in copies: other threads read them while the next are made."""
     for index, batch in numbered:
         for start in range(0, batch.samples, rows) if batch.divisible else (0,):
-            piece = batch.part(start, start + rows)
-            yield index, replace(piece, feed={name: array.copy() for name, array in piece.feed.items()})
+            yield index, batch.part(start, start + rows).copied()
 
 
 def _skip(run: _Run, numbered: Iterator[tuple[int, Batch]], before: Origin) -> Iterator[tuple[int, Batch]]:

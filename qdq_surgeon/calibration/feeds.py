@@ -19,7 +19,7 @@ from .cutting import DYNAMIC_BATCH, ENOUGH_SAMPLES, HELD_OUT_EVERY, InMemory, cu
 from .images import is_image, read_images, walk
 from .preprocessing import STATE_PREPROCESSING, Preprocessing
 from .saved_inputs import JSON, polygraphy_inputs, read_test_sets, test_sets
-from .scripts import is_script, script_data
+from .scripts import script_data, script_file
 from .streams import is_array, stream
 from .synthetic import SYNTHETIC, SYNTHETIC_SAMPLES, Shapes, Trial, synthetic
 
@@ -96,7 +96,7 @@ def _from_arrays(arrays: Mapping[str, Any], inputs: tuple[Input, ...], source: s
 def _from_path(path: Path, inputs: tuple[Input, ...]) -> Feeds:
     if path.is_dir():
         return _from_folder(path, inputs)
-    if is_script(path):
+    if script_file(path):
         return Feeds(stream(script_data(path), inputs, str(path)), str(path))
     if not path.exists():
         raise DataError(f"{path}: no such data file")

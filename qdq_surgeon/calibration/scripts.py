@@ -18,9 +18,10 @@ _SCRIPT = re.compile(r"(?P<path>.+\.py)(:(?P<function>\w+))?", re.DOTALL)
 _END = object()
 
 
-def is_script(path: str | Path) -> bool:
-    """True for 'loader.py' and 'loader.py:function'."""
-    return _SCRIPT.fullmatch(str(path)) is not None
+def script_file(text: str | Path) -> Path | None:
+    """The file that 'loader.py' or 'loader.py:function' names; None for what names no script."""
+    match = _SCRIPT.fullmatch(str(text))
+    return Path(match["path"]) if match else None
 
 
 def script_data(script: str | Path) -> Iterable[Mapping[str, Any]]:

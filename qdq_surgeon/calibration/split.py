@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from ..errors import DataError
@@ -19,7 +19,7 @@ SHELF_BYTES = 128 << 20
 
 
 class _Shelf:
-    """Keeps copies of batches up to a size: whoever gave an array may fill it anew for the next batch."""
+    """Keeps copies of batches up to a size."""
 
     def __init__(self, limit: int = SHELF_BYTES) -> None:
         self.batches: list[Batch] = []
@@ -31,7 +31,7 @@ class _Shelf:
         return self.samples < SHELF_SAMPLES and self._bytes < self._limit
 
     def add(self, batch: Batch) -> None:
-        self.batches.append(replace(batch, feed={name: array.copy() for name, array in batch.feed.items()}))
+        self.batches.append(batch.copied())
         self.samples += batch.samples
         self._bytes += batch.nbytes
 

@@ -149,6 +149,8 @@ class Reader:
 
     def _check_memory(self) -> None:
         """Say once that the process takes more than it should."""
+        if self._memory is None:
+            return
         taken = psutil.Process().memory_info().rss
         with self._lock:
             allowed = self._memory

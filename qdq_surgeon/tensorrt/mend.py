@@ -20,7 +20,7 @@ from ..scales import to_scale
 from ..storage import with_weights
 from .lint import DEFAULT_TARGET, Finding, lint
 from .lint_rules import POOLS, SMALLEST_HALF, channel_axis, one_sided, same_names, same_values
-from .view import INTEGER_TYPES, OTHER_QUANTIZED_TYPES, Linear, Values, View, constant_value
+from .view import INTEGER_TYPES, OTHER_QUANTIZED_TYPES, Linear, Values, View
 
 NOT_NEGATIVE = frozenset({"Abs", "Exp", "HardSigmoid", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt"})
 """Ops whose results are never below zero."""
@@ -102,7 +102,7 @@ class _Bench:
 
     def weight(self, pair: _Pair) -> Values | None:
         """The float values of a constant under a pair, None for activations."""
-        values = constant_value(self.view.raw, pair.first.data)
+        values = self.view.raw.known_value(pair.first.data)
         if values is None or pair.first.is_q:
             return None if values is None else values.astype(np.float64)
         return _dequantized(pair.first, values)
@@ -185,7 +185,7 @@ def _make_biases_float(bench: _Bench) -> Iterator[str]:
     for linear in bench.view.linears:
         if linear.is_q or linear.scale is None or bench.view.raw.element_type(linear.data) != TensorProto.INT32:
             continue
-        values = constant_value(bench.view.raw, linear.data)
+        values = bench.view.raw.known_value(linear.data)
         if values is None:
             continue
         bias = _dequantized(linear, values).astype(linear.scale.dtype)
@@ -474,7 +474,7 @@ def _is_not_negative(raw: Graph, tensor: str) -> bool:
 def _clips_at_zero(raw: Graph, clip: Node) -> bool:
     low = clip.attribute("min")
     if len(clip.inputs) > 1:
-        low = constant_value(raw, clip.inputs[1])
+        low = raw.known_value(clip.inputs[1])
     return low is not None and bool(np.all(np.asarray(low) >= 0))
 
 

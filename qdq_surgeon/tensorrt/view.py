@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from ..edges import Edge
-from ..errors import ModelError
 from ..graph import FLOAT_TYPES, QDQ_OPS, Graph, Node, bodies
 from ..rules.commuting import MOVES, commutes
 from ..rules.predicates import WEIGHTED
@@ -190,7 +189,7 @@ class View:
                 continue
             for name in node.inputs[1:3]:
                 if name not in constants:
-                    constants[name] = constant_value(self.raw, name)
+                    constants[name] = self.raw.known_value(name)
             axes = [attribute.i for attribute in node.proto.attribute if attribute.name == "axis"]
             linear = Linear(
                 node,
@@ -230,16 +229,6 @@ class View:
                     return node
                 if node.op in MOVES or node.op == "Cast":
                     pending.append(node.outputs[0])
-        return None
-
-
-def constant_value(graph: Graph, name: str) -> Values | None:
-    """The value of a constant tensor, None where it is none or cannot be computed."""
-    if not name or not graph.is_constant(name):
-        return None
-    try:
-        return graph.value(name)
-    except ModelError:
         return None
 
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .pipeline import insert as insert
     from .pipeline import plan as plan
     from .pipeline import quantize as quantize
+    from .pipeline import sensitivity as sensitivity
     from .scales import Scales as Scales
     from .storage import save as save
 
@@ -46,6 +47,7 @@ _HOME = {
     "insert": "pipeline",
     "plan": "pipeline",
     "quantize": "pipeline",
+    "sensitivity": "pipeline",
     "Result": "pipeline",
     "load": "model",
     "save": "storage",

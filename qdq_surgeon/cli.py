@@ -47,6 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("insert", _insert_options, "insert Q/DQ pairs: the same as qdq-insert", _INSERT_EXAMPLES),
         ("plan", _plan_options, "say where pairs would go, and why; needs no data", _PLAN_EXAMPLES),
         ("calibrate", _calibrate_options, "run the float model once, keep its statistics", _CALIBRATE_EXAMPLES),
+        (
+            "sensitivity",
+            _sensitivity_options,
+            "rank pairs and ops by what they add to the error",
+            _SENSITIVITY_EXAMPLES,
+        ),
         ("merge", _merge_options, "put the statistics of several runs together", _MERGE_EXAMPLES),
         ("compare", _compare_options, "measure a Q/DQ model against its float model", _COMPARE_EXAMPLES),
         ("strip", _strip_options, "take Q/DQ pairs, from any producer, out of a model", _STRIP_EXAMPLES),
@@ -83,6 +89,10 @@ _COMPARE_EXAMPLES = (
 )
 
 
+_SENSITIVITY_EXAMPLES = (
+    "qdq-surgeon sensitivity model.onnx --data calibration.npz\n"
+    "qdq-surgeon sensitivity model.onnx --data calibration.npz --html noise.html"
+)
 _STRIP_EXAMPLES = "qdq-surgeon strip model.qdq.onnx\nqdq-surgeon strip model.qdq.onnx --op-types Add -o mended.onnx"
 _LINT_EXAMPLES = "qdq-surgeon lint model.qdq.onnx\nqdq-surgeon lint other.onnx --fix mended.onnx --target trt10"
 _BUILD_EXAMPLES = (
@@ -125,6 +135,7 @@ def _insert_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stats", type=Path, metavar="FILE", help="take the statistics of `qdq-surgeon calibrate -o`")
     parser.add_argument("--calibration-cache", type=Path, metavar="FILE", help="take scales from a TensorRT .cache")
     parser.add_argument("--write-cache", type=Path, metavar="FILE", help="write the scales as a TensorRT .cache too")
+    _accuracy_options(parser)
     parser.add_argument("--float16", action="store_true", help="put the un-quantized rest and the scales into FP16")
     parser.add_argument("--float16-io", action="store_true", help="with --float16: inputs and outputs too")
     parser.add_argument("--engine", action="store_true", help="build engines too, audit and (with a GPU) time them")
@@ -138,6 +149,23 @@ def _insert_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-compare", action="store_true", help="leave the comparison with the float model out")
     _gate_options(parser)
     _manner_options(parser)
+
+
+def _accuracy_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no-bias-correction", action="store_true", help="leave the biases as they are")
+    parser.add_argument(
+        "--float-worst",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="keep the N ops that add most to the error in float",
+    )
+    parser.add_argument("--target-sqnr", type=float, metavar="DB", help="keep as little in float as reaches this SQNR")
+    parser.add_argument("--target-agreement", type=float, metavar="SHARE", help="... this top-1 agreement (0 to 1)")
+    parser.add_argument("--target-score", type=float, metavar="X", help="... this number by --score-script")
+    parser.add_argument(
+        "--score-script", metavar="FILE", help="a Python FILE[:NAME] with score(run), your own measure of a model"
+    )
 
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
@@ -184,6 +212,19 @@ def _strip_options(parser: argparse.ArgumentParser) -> None:
     _filter_options(
         parser, "make only these nodes float", "leave the pairs of these nodes", "make only these op types float"
     )
+    _manner_options(parser)
+
+
+def _sensitivity_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="a float ONNX model")
+    _data_options(parser)
+    _placement_options(parser)
+    _run_options(parser)
+    parser.add_argument("--method", default="mse", help="range method: mse (default), max, entropy, percentile:P")
+    parser.add_argument("--measure", type=_positive, default=8, metavar="N", help="samples to measure on (default: 8)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures as JSON")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="write the ranking of ops as a chart")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write charts and tables as a page")
     _manner_options(parser)
 
 

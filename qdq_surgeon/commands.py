@@ -10,7 +10,7 @@ import contextlib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ def insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     """Insert pairs: the whole line, with everything that the user asked for around it."""
     from . import pipeline
     from .calibration.feeds import SYNTHETIC
+    from .calibration.scripts import script_score
     from .calibration.statistics import Statistics
     from .storage import data_file, save
     from .tensorrt.cache import write_cache
@@ -77,6 +78,13 @@ def insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
             calibration_cache=options.calibration_cache,
             provider=options.provider,
             memory=options.memory,
+            bias_correction=not options.no_bias_correction,
+            float_worst=options.float_worst,
+            target_sqnr=options.target_sqnr,
+            target_agreement=options.target_agreement,
+            target_score=options.target_score,
+            score=script_score(options.score_script) if options.score_script else None,
+            replan=lambda floats: _make_plan(model, options, floats),
             float16=options.float16,
             float16_io=options.float16_io,
             compare=compares,
@@ -91,11 +99,18 @@ def insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
         _shout(SYNTHETIC_COMPARISON)
     if origin.samples:
         say(f"calibrated by {result.scales.method} on {count(origin.samples, 'sample')} of {origin.data}")
+    if result.mixed:
+        the_plan = result.plan
+        say(result.mixed)
     _say_dropped(result.scales, the_plan, say)
+    if result.correction:
+        say(result.correction)
     for note in result.notes:
         say(f"note: {note}")
     if result.comparison:
         say(result.comparison)
+        if result.comparison.verdict:
+            _shout(result.comparison.verdict)
         _check_judged(result.comparison, options)
     save(result.model, output, external)
     say(f"wrote {output}")
@@ -141,6 +156,21 @@ def _check_insert(options: argparse.Namespace) -> None:
         raise QdqError("--engine, --min-sqnr and --min-agreement need the comparison: leave --no-compare out")
     if options.stats and wants_comparison and not _is_data_given(options):
         raise QdqError("--engine, --min-sqnr and --min-agreement need data to compare on: give --data beside --stats")
+    searches = any(
+        target is not None for target in (options.target_sqnr, options.target_agreement, options.target_score)
+    )
+    if searches and options.float_worst:
+        raise QdqError("--float-worst says how many ops stay float, a target finds out: leave one out")
+    if options.plan_file and (searches or options.float_worst):
+        raise QdqError("--plan-file holds the decisions, and a target or --float-worst makes others: leave one out")
+    if options.target_agreement is not None and not 0 < options.target_agreement <= 1:
+        raise QdqError(f"--target-agreement is a share between 0 and 1, not {options.target_agreement:g}")
+    if options.target_score is not None and not options.score_script:
+        raise QdqError("--target-score goes with --score-script")
+    if (searches or options.float_worst) and given and not _is_data_given(options):
+        raise QdqError("a target and --float-worst need samples to try on: give --data too")
+    if options.score_script and options.no_compare and options.target_score is None:
+        raise QdqError("--score-script is for the comparison, or for --target-score: leave --no-compare out")
     if options.float16_io and not options.float16:
         raise QdqError("--float16-io goes with --float16")
     check_target(options.trtexec or "")
@@ -266,6 +296,43 @@ def compare(options: argparse.Namespace, say: Callable[[object], None]) -> int:
         _write_json(options.json, None, comparison)
         say(f"wrote {options.json}")
     return _gate(comparison, options, report)
+
+
+def sensitivity(options: argparse.Namespace, say: Callable[[object], None]) -> int:
+    """Rank pairs and ops by what they add to the error."""
+    from dataclasses import asdict
+
+    from . import pipeline
+    from .report.html import sensitivity_chart, sensitivity_page
+
+    _check_data(options)
+    model = _load(options)
+    _check_files(options, None)
+    _say_notes(model, say)
+    the_plan = _make_plan(model, options)
+    with _progress_bar(options) as progress:
+        found = pipeline.sensitivity(
+            model,
+            the_plan,
+            _data(options),
+            method=options.method,
+            samples=options.samples,
+            measured=options.measure,
+            shapes=dict(options.shapes),
+            preprocessing=_preprocessing(options),
+            provider=options.provider,
+            memory=options.memory,
+            progress=progress,
+        )
+    say(found)
+    for path, draw in ((options.svg, sensitivity_chart), (options.html, sensitivity_page)):
+        if path:
+            _write_text(path, draw(options.model.name, found))
+            say(f"wrote {path}")
+    if options.json:
+        _write_json_value(options.json, asdict(found))
+        say(f"wrote {options.json}")
+    return OK
 
 
 def strip(options: argparse.Namespace, say: Callable[[object], None]) -> int:
@@ -406,14 +473,15 @@ def _load(options: argparse.Namespace) -> Model:
     )
 
 
-def _make_plan(model: Model, options: argparse.Namespace) -> Plan:
+def _make_plan(model: Model, options: argparse.Namespace, floats: Iterable[str] = ()) -> Plan:
+    """The plan; `floats` are ops, by their first outputs, that are to stay float too."""
     from . import pipeline
 
     return pipeline.plan(
         model,
         placement=options.placement,
         include=options.include,
-        exclude=options.exclude,
+        exclude=[*options.exclude, *sorted(floats)],
         op_types=options.op_types,
     )
 
@@ -436,7 +504,7 @@ def _check_files(options: argparse.Namespace, *outputs: Path | None) -> None:
     inputs += _scripts(options)
     stats = getattr(options, "stats", None)
     inputs += stats if isinstance(stats, list) else [stats] if stats else []
-    reports = [getattr(options, name, None) for name in ("json", "html", "write_cache")]
+    reports = [getattr(options, name, None) for name in ("json", "html", "svg", "write_cache")]
     seen: list[Path] = []
     for output in (path for path in (*outputs, *reports) if path is not None):
         if output.is_dir():
@@ -455,10 +523,10 @@ def _check_files(options: argparse.Namespace, *outputs: Path | None) -> None:
 
 
 def _scripts(options: argparse.Namespace) -> list[Path]:
-    """The files of the data scripts named, with or without a function behind them."""
+    """The files of the scripts named, with or without a function behind them."""
     from .calibration.scripts import script_file
 
-    named = (getattr(options, name, None) for name in ("data", "data_loader_script"))
+    named = (getattr(options, name, None) for name in ("data", "data_loader_script", "score_script"))
     return [file for value in named if value is not None and (file := script_file(value))]
 
 

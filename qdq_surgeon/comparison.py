@@ -16,9 +16,19 @@ from .calibration.feeds import Batch
 from .calibration.sessions import Progress, Session
 from .edges import count
 from .errors import DataError, ModelError
+from .refinement.judging import channel_axis
+from .refinement.trace import TensorError, first_jump, worst
 from .report.tables import decibels, share, table
 
 SIMULATED = "INT8 (Q/DQ simulated in onnxruntime)"
+LOST_AGREEMENT = 0.8
+LOST_SQNR = 5.0
+FEW = 3
+LOST_CHANNEL = 0.5
+"""A channel is lost where the power of its noise is more than this share of its signal's."""
+LOST_ADVICE = (
+    "Keep the worst layers float (--float-worst 3, --target-sqnr DB) or look closer (qdq-surgeon sensitivity)."
+)
 SIMULATED_HALF = "INT8 and FP16 (simulated in onnxruntime, FP16 overflow not simulated)"
 
 
@@ -29,7 +39,8 @@ class OutputComparison:
     `sqnr` is 10 log10(sum of ref^2 / sum of (ref - int8)^2) in dB (inf where they are equal), `cosine` the cosine
     between both as one long vector (nan where the error has no bound), `max_error` the largest |ref - int8|.
     `agreement` is the share of samples with the same top-1 class, None where the output does not look like class
-    scores.
+    scores. `lost` of its `channels` hold more than half as much noise as signal (channels: see `channel_axis`; one
+    where there is no such axis).
     """
 
     name: str
@@ -37,13 +48,27 @@ class OutputComparison:
     cosine: float
     max_error: float
     agreement: float | None
+    channels: int = 1
+    lost: int = 0
+
+    def trouble(self, samples: int) -> str:
+        """What is wrong with it in words, where it is lost; empty where it is not."""
+        others = 0.0 if self.agreement is None else samples * (1 - self.agreement)
+        if others >= FEW and others > samples * (1 - LOST_AGREEMENT):
+            return f"'{self.name}' chooses another class for {others / samples:.0%} of the samples"
+        if self.sqnr < LOST_SQNR:
+            return f"'{self.name}' has an SQNR of {self.sqnr:.1f} dB"
+        if self.lost > self.channels / 2:
+            return f"{self.lost} of the {self.channels} channels of '{self.name}' are mostly noise"
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """The float model (or what `reference` says) against what `where` says.
 
-    `held_out`: calibration had not seen these samples (None: unknown).
+    `held_out`: calibration had not seen these samples (None: unknown). `errors` are those of the ops, where they were
+    traced; `scores` those of the reference and of the other by the user's own measure.
     """
 
     outputs: tuple[OutputComparison, ...]
@@ -52,6 +77,20 @@ class Comparison:
     held_out: bool | None
     where: str = SIMULATED
     reference: str = "float"
+    errors: tuple[TensorError, ...] = ()
+    scores: tuple[float, float] | None = None
+
+    @property
+    def verdict(self) -> str:
+        """In words that this model lost its accuracy, in which outputs, and where; empty where it did not."""
+        found = [output.trouble(self.samples) for output in sorted(self.outputs, key=lambda output: output.sqnr)]
+        troubles = [text for text in found if text]
+        if not troubles:
+            return ""
+        jump = first_jump(self.errors)
+        where = f" The error first jumps at {jump}." if jump else ""
+        rest = f"; and {len(troubles) - FEW} more outputs" if len(troubles) > FEW else ""
+        return f"THIS MODEL LOST ITS ACCURACY: {'; '.join(troubles[:FEW])}{rest}.{where} {LOST_ADVICE}"
 
     @property
     def sqnr(self) -> float:
@@ -69,8 +108,14 @@ class Comparison:
             (o.name, decibels(o.sqnr), f"{o.cosine:.6f}", f"{o.max_error:.4g}", share(o.agreement))
             for o in self.outputs
         ]
+        lines = [self.verdict] if self.verdict else []
+        if self.errors:
+            lines.insert(0, f"most error is added at: {', '.join(map(str, worst(self.errors))) or 'no op'}")
+        if self.scores:
+            lines.insert(0, f"score: {self.reference} {self.scores[0]:.6g}, INT8 {self.scores[1]:.6g}")
         head = f"{self.reference} against {self.where} on {count(self.samples, 'sample')} of {self.data}{seen}"
-        return f"{head}\n{table(('output', 'SQNR', 'cosine', 'max error', 'top-1 agreement'), rows)}"
+        shown = table(("output", "SQNR", "cosine", "max error", "top-1 agreement"), rows)
+        return "\n".join((head, shown, *lines))
 
 
 class Runner(Protocol):
@@ -143,6 +188,7 @@ class _Measured:
         self._signal = self._noise = self._product = self._power = self._error = 0.0
         self._same = self._rows = 0
         self._scores = True
+        self._channels: dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
 
     def add(self, expected: Any, actual: Any) -> None:
         if not isinstance(expected, np.ndarray) or expected.dtype.kind not in "biufV":
@@ -157,6 +203,7 @@ class _Measured:
             self._same += int(np.sum(_top1(left) == _top1(right)))
             self._rows += len(left)
         self._sum(left, right)
+        self._sum_channels(left, right)
 
     def _sum(self, left: NDArray[np.float64], right: NDArray[np.float64]) -> None:
         """Add up what is finite in both; where only one is, or infinities differ, the error has no bound."""
@@ -174,13 +221,26 @@ class _Measured:
         self._noise += float(np.sum(error * error))
         self._error = max(self._error, float(np.max(np.abs(error), initial=0)))
 
+    def _sum_channels(self, left: NDArray[np.float64], right: NDArray[np.float64]) -> None:
+        """Signal and noise of each channel, for every number of channels that the samples come with."""
+        axis = channel_axis([left.shape])
+        if axis is None:
+            return
+        others = tuple(index for index in range(left.ndim) if index != axis)
+        powers = np.square(left).sum(others), np.nan_to_num(np.square(left - right), nan=np.inf).sum(others)
+        before = self._channels.get(left.shape[axis])
+        self._channels[left.shape[axis]] = (powers[0] + before[0], powers[1] + before[1]) if before else powers
+
     def result(self) -> OutputComparison:
+        signal, noise = self._channels.popitem()[1] if len(self._channels) == 1 else (np.zeros(1), np.zeros(1))
         return OutputComparison(
             self.name,
             sqnr=_decibels(self._signal, self._noise),
             cosine=self._cosine(),
             max_error=self._error,
             agreement=self._same / self._rows if self._scores and self._rows else None,
+            channels=len(signal),
+            lost=int(np.sum(noise > LOST_CHANNEL * signal)),
         )
 
     def _cosine(self) -> float:

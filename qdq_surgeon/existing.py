@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from .biases import restore_biases
 from .edges import LEVELS, Edge, count, scoped
 from .graph import QDQ_OPS, FreshNames, Graph, Node, all_nodes, bodies, first_output_of
 from .rules.commuting import MOVES
@@ -159,12 +160,14 @@ def strip_pairs(quantized: ModelProto, readers: Collection[str] | None = None) -
     What read a DequantizeLinear reads what was quantized; a weight stored as integers becomes the float initializer
     that its DequantizeLinear makes. A pair between two float types becomes a Cast, and one that cannot hold negative
     values, where it stands for a Relu, becomes that Relu. `readers` (first outputs of nodes, with their scopes):
-    only these become float. A Q and a DQ with other nodes between, or whose scales are computed or per block, stay.
+    only these become float. Biases that had been corrected are again what they were.
+    A Q and a DQ with other nodes between, or whose scales are computed or per block, stay.
     """
     view = Graph(quantized, deep=True)
     proto = ModelProto()
     proto.CopyFrom(quantized)
     names = FreshNames(proto)
+    restore_biases(proto.graph, readers)
     for scope, graph in reversed(list(graphs_of(proto.graph))):
         _Stripper(view, scope, graph, readers, names).strip()
     if not any(map(is_linear, all_nodes(proto.graph))):

@@ -8,7 +8,7 @@ import contextlib
 import math
 import re
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -365,6 +365,22 @@ class Graph:
             if all(name in constants for name in inputs):
                 constants.update(node.outputs)
         return constants
+
+
+def multiply_accumulates(node: Node, shape: Callable[[str], tuple[int | None, ...] | None]) -> int:
+    """Those of a Conv, ConvTranspose, Gemm or MatMul; 0 for other ops, and where a shape is unknown."""
+    if node.op not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+        return 0
+    left, right, out = (shape(name) for name in (*node.inputs[:2], node.first_output))
+    if left is None or right is None or out is None or None in (*left, *right, *out):
+        return 0
+    sizes = [math.prod(size or 0 for size in dims) for dims in (left, right, out)]
+    if node.op == "Conv":
+        return sizes[2] * math.prod(size or 0 for size in right[1:])
+    if node.op == "ConvTranspose":
+        return sizes[0] * math.prod(size or 0 for size in right[1:])
+    inner = left[-2] if node.op == "Gemm" and node.attribute("transA") else left[-1]
+    return sizes[2] * (inner or 0)
 
 
 def default_opset(proto: ModelProto) -> int:

@@ -15,6 +15,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto
 
+from .biases import shift_biases
 from .edges import Edge, Plan, Site
 from .errors import PlanError
 from .existing import PREFIX, graphs_of, is_linear, names_read, replace_items
@@ -26,10 +27,13 @@ from .scales import Scales
 RULE_KEY = PREFIX + "rule"
 
 
-def insert_pairs(model: Model, plan: Plan, scales: Scales, version: str) -> ModelProto:
+def insert_pairs(
+    model: Model, plan: Plan, scales: Scales, version: str, shifts: Mapping[Edge, NDArray[Any]] | None = None
+) -> ModelProto:
     """A copy of the model with a Q/DQ pair at every site of the plan that has a scale and a reader left.
 
-    A pair that came with the model stays, and what else shall read its tensor quantized reads it too.
+    A pair that came with the model stays, and what else shall read its tensor quantized reads it too. `shifts` are
+    added to the biases.
     Raises PlanError where plan or scales belong to another model.
     """
     check_plan(model, plan)
@@ -46,6 +50,7 @@ def insert_pairs(model: Model, plan: Plan, scales: Scales, version: str) -> Mode
         _move_forward(graph, set(joining.values()))
     for scope, graph in reversed(graphs.items()):  # bodies first: splicing copies the nodes that hold them
         _splice(graph, [pair for pair in pairs if pair.scope == scope])
+    shift_biases(proto, model.graph, shifts or {}, names)
     _record(proto, plan, scales, version)
     return proto
 

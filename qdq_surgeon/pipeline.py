@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypedDict, Unpack
@@ -23,16 +24,24 @@ from .calibration.split import Shard, Split
 from .calibration.statistics import Origin, Statistics
 from .comparison import SIMULATED, SIMULATED_HALF, Comparison, compare_models
 from .edges import Plan, count
-from .errors import DataError, ModelError, QdqError
+from .errors import DataError, ModelError, PlanError, QdqError
 from .float16 import to_float16
 from .graph import all_nodes, is_integer_op
 from .insertion import insert_pairs
 from .model import Model, Source, load
-from .rules.filters import Selection, vetoed
+from .refinement.bias import BiasCorrection, correct_biases
+from .refinement.lockstep import evenly, fitting_samples
+from .refinement.mixed import keep_float
+from .refinement.scoring import Score, scored
+from .refinement.search import Ops
+from .refinement.sensitivity import Sensitivity, measure
+from .refinement.target import MixedPrecision, Target
+from .refinement.trace import TensorError, trace
+from .rules.filters import Selection, entries, vetoed
 from .rules.placement import DEFAULT, load_placement
 from .rules.planner import check_plan, make_plan
 from .rules.predicates import PairPredicate, Predicate
-from .scales import Scales, choose_scales, tensors_to_calibrate
+from .scales import Scales, choose_scales, every_activation, tensors_to_calibrate
 from .tensorrt.cache import read_cache, scales_from_cache
 
 log = logging.getLogger("qdq_surgeon")
@@ -40,6 +49,8 @@ log = logging.getLogger("qdq_surgeon")
 VERSION = version("qdq-surgeon")
 RANGE_SAMPLES = 16
 """How many samples tell which activations exceed FP16's range."""
+MEASURED = 8
+"""How many samples tell which ops add most to the error."""
 AS_GIVEN = "the model as given (with its own pairs)"
 """What the result is compared with where the model came with pairs."""
 NO_SCALES = Scales("none", Origin(("no data",), "", 0), "", {})
@@ -55,6 +66,8 @@ class Result:
     model: ModelProto
     plan: Plan
     scales: Scales
+    correction: BiasCorrection | None = None
+    mixed: MixedPrecision | None = None
     comparison: Comparison | None = None
     notes: tuple[str, ...] = ()
     evaluation: tuple[Batch, ...] = field(default=(), repr=False, compare=False)
@@ -63,6 +76,7 @@ class Result:
     def __str__(self) -> str:
         lines = [next(self.plan.lines()), *self.notes]
         lines += [f"{edge} stays float: {reason}" for edge, reason in self.scales.dropped.items()]
+        lines += [str(done) for done in (self.mixed, self.correction) if done]
         return "\n".join(lines) + (f"\n\n{self.comparison}" if self.comparison else "")
 
 
@@ -88,10 +102,18 @@ def quantize(
     Raises QdqError, or one of its kinds, for whatever does not fit.
     """
     source = load(model, requantize=requantize)
-    the_plan = plan(
-        source, placement=placement, predicates=predicates, include=include, exclude=exclude, op_types=op_types
-    )
-    return apply(source, the_plan, data, **options)
+
+    def planned(floats: Ops) -> Plan:
+        return plan(
+            source,
+            placement=placement,
+            predicates=predicates,
+            include=include,
+            exclude=(*entries(exclude), *sorted(floats)),
+            op_types=op_types,
+        )
+
+    return apply(source, planned(frozenset()), data, replan=planned, **options)
 
 
 class Options(TypedDict, total=False):
@@ -107,6 +129,12 @@ class Options(TypedDict, total=False):
     memory: int | None
     float16: bool
     float16_io: bool
+    bias_correction: bool
+    float_worst: int
+    target_sqnr: float | None
+    target_agreement: float | None
+    target_score: float | None
+    score: Score | None
     compare: bool
     progress: Progress | None
 
@@ -126,6 +154,13 @@ def apply(
     memory: int | None = None,
     float16: bool = False,
     float16_io: bool = False,
+    bias_correction: bool = True,
+    float_worst: int = 0,
+    target_sqnr: float | None = None,
+    target_agreement: float | None = None,
+    target_score: float | None = None,
+    score: Score | None = None,
+    replan: Callable[[Ops], Plan] | None = None,
     compare: bool = True,
     progress: Progress | None = None,
 ) -> Result:
@@ -136,35 +171,129 @@ def apply(
     TensorRT `calibration_cache` with scales, take the place of a calibration. `provider` is where onnxruntime runs
     the float model (cpu, cuda, tensorrt), `memory` how many bytes the process should take at most while it
     calibrates. `float16` puts the un-quantized rest and the scales into FP16 (`float16_io`: inputs and outputs too).
+    `bias_correction` takes back what quantized layers err on average, where it helps on samples kept for judging.
+    `float_worst` ops that add most to the error stay float; or as few multiply-accumulates as reach `target_sqnr` (dB),
+    `target_agreement` (0 to 1) and `target_score` on the calibration samples. `score(run)` is a measure of your own,
+    higher is better; `run(feed)` gives a model's outputs by name. `replan` makes the plan again with more ops (by their
+    first outputs) in float, which a target needs; `quantize` brings its own.
     `progress(stage, done, total)` may raise to stop the run. What the statistics say of poor data is logged as
     warnings. See `quantize`.
     """
     range_method(method)  # a wrong name should not cost a calibration
+    target = Target(float_worst, target_sqnr, target_agreement, target_score)
     source = load(model)
     check_plan(source, the_plan)
     if not the_plan.adds_pairs:
         return Result(insert(source, the_plan, NO_SCALES), the_plan, NO_SCALES)
-    if statistics is not None and calibration_cache is not None:
-        raise QdqError("statistics and a calibration cache both give ranges: leave one out")
-    if float16 and data is None and (statistics is not None or calibration_cache is not None):
-        raise DataError("float16 needs samples, to see which values exceed FP16: give data too")
-    split = Split(_feeds(source, data, shapes, preprocessing), samples, keep=compare or float16)
+    given = statistics is not None or calibration_cache is not None
+    _check_sources(target, float16, statistics, calibration_cache, given and data is None)
+    split = Split(_feeds(source, data, shapes, preprocessing), samples)
+    if given and data is not None:
+        split.deal()
     if calibration_cache is not None:
-        scales = scales_from_cache(source, the_plan, read_cache(calibration_cache))
+        cache = read_cache(calibration_cache)
+        make = _Maker(source, the_plan, replan, lambda plan: scales_from_cache(source, plan, cache))
     else:
         if statistics is None:
+            tensors = every_activation(the_plan) if target else tensors_to_calibrate(the_plan)
             only = "max" if method == "max" else None
-            statistics = _collect(source, the_plan, split, only, provider, memory, None, progress, needed=compare)
+            statistics = _collect(source, the_plan, tensors, split, only, provider, memory, None, progress, compare)
         _warn(source, statistics, method)
-        scales = choose(source, the_plan, statistics, method)
-    result = Result(insert(source, the_plan, scales), the_plan, scales)
+        make = _Maker(source, the_plan, replan, partial(_choice, source, statistics, method))
+    some = () if source.quantized else fitting_samples(source, split.seen, memory)
+    if bias_correction and not split.feeds.synthetic:
+        make = replace(make, samples=some, progress=progress)
+    result = _to_target(make, target, some, split.seen, score, progress) if target else make()
+    errors = _errors(make, result, some) if compare else ()
     if float16:
         result = _in_float16(result, source, split, float16_io)
     if compare:
-        known = statistics is not None and split.feeds.source in statistics.origin.sources
-        unseen = split.held_out if split.samples else False if known else None
-        result = _compared(result, source, split, unseen, SIMULATED_HALF if float16 else SIMULATED, progress)
+        known = given and statistics is not None and split.feeds.source in statistics.origin.sources
+        unseen = split.held_out if not given else False if known else None
+        where = SIMULATED_HALF if float16 else SIMULATED
+        result = _compared(result, source, split, unseen, where, errors, score, progress)
     return result
+
+
+def _check_sources(
+    target: Target,
+    float16: bool,
+    statistics: Statistics | None,
+    calibration_cache: str | Path | None,
+    without_data: bool,
+) -> None:
+    """Refuse ranges from two sources, and the lack of samples for what needs some."""
+    if statistics is not None and calibration_cache is not None:
+        raise QdqError("statistics and a calibration cache both give ranges: leave one out")
+    if float16 and without_data:
+        raise DataError("float16 needs samples, to see which values exceed FP16: give data too")
+    if target and without_data:
+        raise DataError("a target needs samples, to see what keeping ops in float gains: give data too")
+
+
+def _choice(source: Model, statistics: Statistics, method: str, the_plan: Plan) -> Scales:
+    return choose(source, the_plan, statistics, method)
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """From a plan to a result: choose, insert, correct. Called again for each set of ops that is to stay float."""
+
+    source: Model
+    plan: Plan
+    replan: Callable[[Ops], Plan] | None
+    choose: Callable[[Plan], Scales]
+    samples: Sequence[Batch] = ()
+    """To correct biases with; none where they stay."""
+    progress: Progress | None = None
+
+    def __call__(self, floats: Ops = frozenset()) -> Result:
+        the_plan = self.replan(floats) if self.replan and floats else self.plan
+        if not the_plan.adds_pairs:
+            return Result(insert(self.source, the_plan, NO_SCALES), the_plan, NO_SCALES)
+        scales = self.choose(the_plan)
+        result = Result(insert(self.source, the_plan, scales), the_plan, scales)
+        if not self.samples:
+            return result
+        done = correct_biases(self.source, the_plan, result.model, self.samples, self.progress)
+        if not done.shifts:
+            return replace(result, correction=done)
+        model = insert_pairs(self.source, the_plan, scales, VERSION, done.shifts)
+        return replace(result, model=model, correction=done)
+
+
+def _to_target(
+    make: _Maker,
+    target: Target,
+    some: Sequence[Batch],
+    seen: Sequence[Batch],
+    score: Score | None,
+    progress: Progress | None,
+) -> Result:
+    """The result with as many ops in float as the target takes, judged on the calibration samples."""
+    if make.replan is None:
+        raise QdqError("a target needs to plan again: give `replan`, or call quantize")
+    source = make.source
+    bare = replace(make, samples=())()
+    noises = measure(source, make.plan, bare.model, evenly(some, MEASURED), progress).ops
+
+    def reaches(floats: Ops) -> bool:
+        model = make(floats).model
+        found = compare_models(source.original, model, seen, "", None, custom_ops=source.custom_ops)
+        value = scored(score, model, source.custom_ops) if score else None
+        return target.is_reached(found.sqnr, found.agreement, value)
+
+    floats, mixed = keep_float(target, noises, reaches, sum(batch.samples for batch in seen))
+    return replace(make(floats), mixed=mixed)
+
+
+def _errors(make: _Maker, result: Result, some: Sequence[Batch]) -> tuple[TensorError, ...]:
+    """The errors of the ops: noted while biases were corrected, else along a walk."""
+    if result.correction and result.correction.kept:
+        return result.correction.errors
+    if not some or not result.plan.adds_pairs:
+        return ()
+    return trace(make.source, result.plan, result.model, evenly(some, MEASURED))
 
 
 def _in_float16(result: Result, source: Model, split: Split, io: bool) -> Result:
@@ -187,15 +316,28 @@ def _largest(source: Model, batches: Iterable[Batch]) -> dict[str, float]:
 
 
 def _compared(
-    result: Result, source: Model, split: Split, held_out: bool | None, where: str, progress: Progress | None
+    result: Result,
+    source: Model,
+    split: Split,
+    held_out: bool | None,
+    where: str,
+    errors: tuple[TensorError, ...],
+    score: Score | None,
+    progress: Progress | None,
 ) -> Result:
     batches = split.for_comparison()
     data = split.feeds.source
     comparison = compare_models(
         source.original, result.model, batches, data, held_out, progress, where, source.custom_ops
     )
-    if source.quantized:
-        comparison = replace(comparison, reference=AS_GIVEN)
+    scores = None
+    if score:
+        scores = (
+            scored(score, source.original, source.custom_ops),
+            scored(score, result.model, source.custom_ops),
+        )
+    reference = AS_GIVEN if source.quantized else comparison.reference
+    comparison = replace(comparison, reference=reference, errors=errors, scores=scores)
     return replace(result, comparison=comparison, evaluation=tuple(batches))
 
 
@@ -250,9 +392,47 @@ def calibrate(
     source = load(model)
     split = Split(_feeds(source, data, shapes, preprocessing), samples, hold_out=False, keep=False, shard=shard)
     kept = Checkpoint(Path(checkpoint), resume) if checkpoint is not None else None
-    statistics = _collect(source, the_plan, split, method, provider, memory, kept, progress)
+    tensors = tensors_to_calibrate(the_plan)
+    statistics = _collect(source, the_plan, tensors, split, method, provider, memory, kept, progress)
     _warn(source, statistics, method)
     return statistics
+
+
+def sensitivity(
+    model: Source,
+    the_plan: Plan,
+    data: Data | None = None,
+    *,
+    method: str = DEFAULT_METHOD,
+    samples: int | None = None,
+    measured: int = MEASURED,
+    shapes: Shapes | None = None,
+    preprocessing: Preprocessing | None = None,
+    statistics: Statistics | None = None,
+    provider: str = DEFAULT_PROVIDER,
+    memory: int | None = None,
+    progress: Progress | None = None,
+) -> Sensitivity:
+    """Rank pairs and ops by what each alone adds to the error of the model's results, over `measured` samples.
+
+    See `apply` for the other options. Raises ModelError for a model that comes with pairs.
+    """
+    source = load(model)
+    if source.quantized:
+        raise ModelError("the model comes with Q/DQ pairs: give the float model (strip makes one), or --requantize")
+    if not the_plan.sites:
+        raise PlanError("the plan has no pairs, so there is no error to attribute")
+    range_method(method)
+    split = Split(_feeds(source, data, shapes, preprocessing), samples, hold_out=False)
+    if statistics is None:
+        tensors = tensors_to_calibrate(the_plan)
+        statistics = _collect(source, the_plan, tensors, split, method, provider, memory, None, progress)
+    else:
+        split.deal()
+    _warn(source, statistics, method)
+    bare = insert(source, the_plan, choose(source, the_plan, statistics, method))
+    some = evenly(fitting_samples(source, split.seen, memory), measured)
+    return measure(source, the_plan, bare, some, progress)
 
 
 def choose(model: Source, the_plan: Plan, statistics: Statistics, method: str = DEFAULT_METHOD) -> Scales:
@@ -307,6 +487,7 @@ def _feeds(source: Model, data: Data | None, shapes: Shapes | None, preprocessin
 def _collect(
     source: Model,
     the_plan: Plan,
+    tensors: Sequence[str],
     split: Split,
     method: str | None,
     provider: str,
@@ -317,7 +498,6 @@ def _collect(
 ) -> Statistics:
     """One pass over the calibration part of the data; none where no scale and no comparison needs it."""
     check_plan(source, the_plan)
-    tensors = tensors_to_calibrate(the_plan)
     if not tensors and not needed:
         return Statistics({}, source.digest, NO_SCALES.origin)
     return collect(

@@ -77,6 +77,11 @@ def tensors_to_calibrate(plan: Plan) -> tuple[str, ...]:
     return tuple(dict.fromkeys(chains.bases[site.tensor] for site in sites))
 
 
+def every_activation(plan: Plan) -> tuple[str, ...]:
+    """Every activation of the plan: with their statistics, scales can be chosen for any part of the plan."""
+    return tuple(dict.fromkeys(site.tensor for site in plan.sites if not site.weight))
+
+
 def choose_scales(model: Model, plan: Plan, statistics: Statistics, method: str = DEFAULT_METHOD) -> Scales:
     """Choose a scale for every site of the plan.
 

@@ -24,7 +24,7 @@ CLASSIFIER = """g (float[N,3,8,8] x) => (float[N,16] y)
 NOTHING_TO_DO = "g (float[N,3] x) => (float[N,3] y) { y = Relu(x) }"
 
 PUBLIC = """
-apply calibrate choose compare insert load plan quantize save
+apply calibrate choose compare insert load plan quantize save sensitivity
 Comparison Edge Kept Miss Plan Preprocessing Result Scales Site Statistic Statistics
 DataError FilterError ModelError PlacementError PlanError QdqError
 """
@@ -210,7 +210,7 @@ def test_shapes_give_the_sizes_of_made_up_inputs():
 
 def test_progress_names_the_stages():
     stages = [stage for stage, _, _ in progress_over(40)]
-    assert list(dict.fromkeys(stages)) == ["calibrate", "compare"]
+    assert list(dict.fromkeys(stages)) == ["calibrate", "correct", "compare"]
 
 
 @pytest.mark.parametrize("count", [10, 20, 40, 64])

@@ -1,4 +1,4 @@
-"""Data that a Python script makes, by Polygraphy's convention: its `load_data()` yields one mapping per batch."""
+"""A user's Python scripts: data by Polygraphy's convention (`load_data()` yields one mapping per batch), and scores."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import re
 import runpy
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, nearest
 
 DEFAULT_FUNCTION = "load_data"
+DEFAULT_SCORE = "score"
 _SCRIPT = re.compile(r"(?P<path>.+\.py)(:(?P<function>\w+))?", re.DOTALL)
 _END = object()
 
@@ -24,6 +25,22 @@ def script_file(text: str | Path) -> Path | None:
     return Path(match["path"]) if match else None
 
 
+def script_score(script: str | Path) -> Callable[[Any], float]:
+    """The function that a script measures a model by: `score(run)`, or `my_func` where 'score.py:my_func' is given.
+
+    Raises DataError for whatever goes wrong in the script, with its line.
+    """
+    path, function = _named(script, DEFAULT_SCORE)
+    with _running(path):
+        defined = _defined(path, function, "Write one that takes `run` and returns a number, higher is better")
+
+    def score(run: Any) -> float:
+        with _running(path):
+            return defined(run)  # type: ignore[no-any-return]
+
+    return score
+
+
 def script_data(script: str | Path) -> Iterable[Mapping[str, Any]]:
     """The batches that a script makes: `load_data()`, or `my_func()` where 'loader.py:my_func' is given.
 
@@ -31,13 +48,18 @@ def script_data(script: str | Path) -> Iterable[Mapping[str, Any]]:
     beside it. Raises DataError, at once where there is no such file, and while reading for whatever goes wrong in the
     script, with its line.
     """
+    return _items(*_named(script, DEFAULT_FUNCTION))
+
+
+def _named(script: str | Path, function: str) -> tuple[Path, str]:
+    """The file and the function that a text names."""
     match = _SCRIPT.fullmatch(str(script))
     if not match:
         raise DataError(f"{script} is no Python script: give a path that ends in .py, or in .py:function")
     path = Path(match["path"])
     if not path.is_file():
         raise DataError(f"{path}: no such script")
-    return _items(path, match["function"] or DEFAULT_FUNCTION)
+    return path, match["function"] or function
 
 
 def _items(path: Path, name: str) -> Iterator[Any]:
@@ -52,15 +74,20 @@ def _items(path: Path, name: str) -> Iterator[Any]:
 
 
 def _loaded(path: Path, name: str) -> Iterable[Any]:
-    defined = runpy.run_path(str(path), run_name=path.stem)
-    if not callable(defined.get(name)):
-        functions = [key for key, value in defined.items() if callable(value)]
-        raise DataError(f"{path} has no function '{name}'.{nearest(name, functions)} Write one that yields the batches")
-    items = defined[name]()
+    items = _defined(path, name, "Write one that yields the batches")()
     if isinstance(items, (Mapping, str)) or not isinstance(items, Iterable):
         kind = type(items).__name__
         raise DataError(f"{path}: {name}() returns a {kind}: yield one mapping of input names to arrays per batch")
     return items
+
+
+def _defined(path: Path, name: str, advice: str) -> Callable[..., Any]:
+    defined = runpy.run_path(str(path), run_name=path.stem)
+    function = defined.get(name)
+    if not callable(function):
+        functions = [key for key, value in defined.items() if callable(value)]
+        raise DataError(f"{path} has no function '{name}'.{nearest(name, functions)} {advice}")
+    return function  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager

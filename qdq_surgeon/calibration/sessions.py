@@ -38,12 +38,12 @@ _QUIET = 4  # onnxruntime's FATAL: what goes wrong arrives as an exception
 class Session:
     """An onnxruntime session for a model, or for the file of one.
 
-    `simulate` is for Q/DQ models: basic optimizations only, and without the one that would store float weights and
-    biases behind a DQ as integers, so that each pair rounds exactly where it stands. `as_is` takes the graph as it
-    stands. `threads` compute one run (0: as many as there are cores). `lean` gives memory back after every run.
-    `mapped` computes on weights as they lie in their file, without a copy packed for the kernels; so does every model
-    with weights outside. `save_to` keeps the optimized graph, its weights in a file beside it. `custom_ops` are
-    libraries of operators.
+    `simulate` is for Q/DQ models: without the optimizations that would replace pairs by integer kernels, move them,
+    or store float weights and biases as integers, so that each pair rounds exactly where it stands. `as_is` takes the
+    graph as it stands. `threads` compute one run (0: as many as there are cores). `lean` gives memory back after
+    every run. `mapped` computes on weights as they lie in their file, without a copy packed for the kernels; so does
+    every model with weights outside. `save_to` keeps the optimized graph, its weights in a file beside it.
+    `custom_ops` are libraries of operators.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Session:
         options.enable_cpu_mem_arena = not lean
         disabled = []
         if simulate:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
             disabled = ["WeightBiasQuantization"]
         if as_is:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

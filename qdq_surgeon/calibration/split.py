@@ -41,8 +41,7 @@ class Split:
     """Deals one stream of batches out: at most `limit` samples to calibration, some (`hold_out`) to the comparison.
 
     `shard` (i, n) leaves only every n-th batch, from the i-th on. Iterate it once, for the calibration batches.
-    Afterwards `samples` counts these, `evaluation` holds the batches for the comparison (none where `keep` is
-    False), and `held_out` says that calibration has not seen them.
+    Afterwards `samples` counts these, and `seen` holds the first of them (none where `keep` is False).
     """
 
     feeds: Feeds
@@ -51,10 +50,10 @@ class Split:
     keep: bool = True
     shard: Shard | None = None
     samples: int = 0
-    held_out: bool = False
-    evaluation: list[Batch] = field(default_factory=list)
+    _held: _Shelf = field(default_factory=_Shelf)
 
     def __post_init__(self) -> None:
+        self._seen = _Shelf(SHELF_BYTES if self.keep else 0)
         if self.limit is not None and self.limit < 1:
             raise DataError(f"{self.limit} samples cannot calibrate: give at least one")
         if self.shard and not 1 <= self.shard[0] <= self.shard[1]:
@@ -80,8 +79,17 @@ class Split:
         known = [number for number in (total, self.limit) if number is not None]
         return min(known, default=None)
 
+    @property
+    def seen(self) -> list[Batch]:
+        return self._seen.batches
+
+    @property
+    def held_out(self) -> bool:
+        """True where calibration has not seen what `for_comparison` gives."""
+        return bool(self._held.batches)
+
     def __iter__(self) -> Iterator[Batch]:
-        seen, held = _Shelf(SHELF_BYTES if self.keep else 0), _Shelf()
+        held = self._held
         for index, batch in enumerate(self._batches):
             enough = self._is_enough(batch)
             in_turn = self.limit is None and index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
@@ -90,26 +98,27 @@ class Split:
             elif enough:
                 break
             else:
-                yield self._used(batch if self.limit is None else batch.part(0, self.limit - self.samples), seen)
+                yield self._used(batch if self.limit is None else batch.part(0, self.limit - self.samples))
         if self.limit is None and self.samples + held.samples < ENOUGH_SAMPLES:
-            yield from (self._used(batch, seen) for batch in held.batches)
-            held = _Shelf()
+            self._held = _Shelf()
+            yield from (self._used(batch) for batch in held.batches)
         if not self.samples:
             raise DataError(f"{self._source} holds no samples: give at least one")
-        self.held_out = bool(held.batches)
-        self.evaluation = held.batches or seen.batches
+
+    def deal(self) -> None:
+        """Deal out as much as is kept, where no calibration runs."""
+        for _ in self:
+            if not self._seen.has_room:
+                break
 
     def for_comparison(self) -> list[Batch]:
-        """The batches to compare on; where calibration did not run, all that fit."""
-        if self.evaluation:
-            return self.evaluation
-        shelf = _Shelf()
-        for batch in itertools.takewhile(lambda _: shelf.has_room, self.feeds.batches):
-            shelf.add(batch)
-        if not shelf.samples:
-            raise DataError(f"{self.feeds.source} holds no samples: give at least one")
-        self.evaluation = shelf.batches
-        return self.evaluation
+        """The batches to compare on; where nothing was dealt out, all that fit."""
+        if not self._held.batches and not self._seen.batches:
+            for batch in itertools.takewhile(lambda _: self._seen.has_room, self.feeds.batches):
+                self._seen.add(batch)
+            if not self._seen.samples:
+                raise DataError(f"{self.feeds.source} holds no samples: give at least one")
+        return self._held.batches or self._seen.batches
 
     def _is_enough(self, batch: Batch) -> bool:
         """True where the limit is reached, or where a batch that cannot be cut would exceed it."""
@@ -117,8 +126,8 @@ class Split:
             return False
         return self.samples + (1 if batch.divisible else batch.samples) > self.limit
 
-    def _used(self, batch: Batch, seen: _Shelf) -> Batch:
+    def _used(self, batch: Batch) -> Batch:
         self.samples += batch.samples
-        if seen.has_room:
-            seen.add(batch)
+        if self._seen.has_room:
+            self._seen.add(batch)
         return batch

@@ -23,16 +23,15 @@ import numpy as np
 import onnx
 import psutil
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper
+from onnx import TensorProto, helper
 
-from .. import weights
 from ..errors import DataError
 from ..graph import Graph, Node, all_nodes, bodies
 from ..model import Model
-from ..storage import WeightFolder
 from .feeds import Batch
 from .flow import Flow, Values, Visit
-from .sessions import DEFAULT_PROVIDER, Session, runnable
+from .parts import Parts, leading_to, reads, size_of
+from .sessions import DEFAULT_PROVIDER, Session
 
 RUN_BYTES = 256 << 20
 """How much the tensors read by all runs in flight may take, where the user gives no limit."""
@@ -117,14 +116,14 @@ class Reader:
         self._names = [name for name in tensors if name not in self._fed]
         self._results = frozenset(results)
         self._flows = _flows(model.graph, self._names)
-        self._nodes = _leading_to(model.graph, (*self._names, *self._flows, *results))
+        self._nodes = leading_to(model.graph, (*self._names, *self._flows, *results))
         self._provider = provider
         self._memory = memory
         self._lock = threading.Lock()
         self._stages: list[_Stage | _FlowStage] = []
         self.rows, self.workers = first.samples, 1
         with tempfile.TemporaryDirectory(prefix="qdq_surgeon.", ignore_cleanup_errors=True) as folder:
-            self._store = _Store(model.graph, Path(folder), self._nodes)
+            self._store = Parts(model.graph, Path(folder), self._nodes)
             if self._nodes:
                 self._open(first)
             if self.rows < first.samples and not self._is_the_same_in_parts(first.part(0, 2 * self.rows)):
@@ -226,7 +225,7 @@ class Reader:
     def _stage(self, nodes: list[Node], later: list[list[Node]], threads: int, lean: bool) -> _Stage:
         made = {output for node in nodes for output in node.outputs}
         tapped = [name for name in self._names if name in made]
-        ahead = {name for part in later for name in _reads(self._graph, part)} | self._results
+        ahead = {name for part in later for name in reads(self._graph, part)} | self._results
         passed = sorted((made & ahead) - {name for name in made if self._graph.is_constant(name)})
         path = self._store.write(nodes, list(dict.fromkeys((*tapped, *passed))))
         outputs = {name: name for name in tapped}
@@ -250,7 +249,7 @@ class Reader:
         """The bytes of every tensor for one sample, or one batch that cannot be cut: by shape inference, else a run."""
         shapes = self._graph.shapes_for({n: array.shape for n, array in first.feed.items() if hasattr(array, "shape")})
         names = [name for name in self._names if not self._graph.home(name)[0]]
-        found = {name: size for name in names if (size := _size(shapes.get(name))) is not None}
+        found = {name: size for name in names if (size := size_of(shapes.get(name))) is not None}
         unknown = [name for name in names if name not in found]
         if unknown:
             path = self._store.write(self._nodes, unknown, sizes=True)
@@ -309,22 +308,6 @@ def _flows(graph: Graph, tensors: Iterable[str]) -> dict[str, list[str]]:
     return inside
 
 
-def _leading_to(graph: Graph, tensors: Iterable[str]) -> list[Node]:
-    """The nodes of the top graph that lead to the tensors."""
-    wanted, nodes = set(tensors), []
-    for node in reversed(graph.nodes):
-        if not node.scope and wanted.intersection(node.outputs):
-            nodes.append(node)
-            wanted.update(filter(None, (*node.inputs, *node.captured)))
-    return nodes[::-1]
-
-
-def _reads(graph: Graph, nodes: Iterable[Node]) -> set[str]:
-    """What the nodes read that is fed or computed from it."""
-    names = {name for node in nodes for name in (*node.inputs, *node.captured)}
-    return {name for name in names if (graph.producer(name) or name in graph.inputs) and not graph.is_constant(name)}
-
-
 def _cut(
     graph: Graph, nodes: Sequence[Node], sizes: Mapping[str, int], budget: int, alone: Collection[str]
 ) -> list[list[Node]]:
@@ -332,7 +315,7 @@ def _cut(
 
     Nodes whose first output is in `alone` get a part of their own.
     """
-    last = {name: index for index, node in enumerate(nodes) for name in _reads(graph, [node])}
+    last = {name: index for index, node in enumerate(nodes) for name in reads(graph, [node])}
     live: set[str] = set()
     parts: list[list[Node]] = [[]]
     held = 0
@@ -347,63 +330,6 @@ def _cut(
         live.update(name for name in node.outputs if last.get(name, -1) > index)
         live = {name for name in live if last[name] > index}
     return parts
-
-
-def _size(shape: tuple[int | None, ...] | None) -> int | None:
-    """The number of elements; None where a dimension is unknown."""
-    known = [dim for dim in shape or () if dim is not None]
-    return math.prod(known) if shape is not None and len(known) == len(shape) else None
-
-
-class _Store:
-    """A folder with the weights in one file and graphs beside it that refer to it, so that no copy is held twice."""
-
-    def __init__(self, graph: Graph, folder: Path, nodes: Sequence[Node]) -> None:
-        self._graph = graph
-        self._folder = folder
-        self._written = 0
-        read = {name for node in nodes for name in (*node.inputs, *node.captured)}
-        needed = [tensor for tensor in graph.proto.graph.initializer if tensor.name in read]
-        self.weight_bytes = sum(map(weights.size, needed))
-        self.mapped = any(map(weights.is_outside, needed))
-        with WeightFolder(folder) as beside:
-            self._initializers = {tensor.name: beside.put(tensor) for tensor in needed}
-
-    def inputs(self, nodes: Sequence[Node]) -> tuple[str, ...]:
-        """What must be fed to run these nodes alone."""
-        made = {output for node in nodes for output in node.outputs}
-        return tuple(sorted(_reads(self._graph, nodes) - made))
-
-    def write(self, nodes: Sequence[Node], outputs: Sequence[str], sizes: bool = False) -> Path:
-        """The file of a graph of these nodes, and of the constants they read, with these outputs (or their sizes)."""
-        whole = self._graph.proto
-        proto = ModelProto(ir_version=whole.ir_version, opset_import=whole.opset_import, functions=whole.functions)
-        graph = proto.graph
-        graph.name = whole.graph.name or "graph"
-        graph.sparse_initializer.extend(whole.graph.sparse_initializer)
-        constants = [name for node in nodes for name in (*node.inputs, *node.captured) if self._graph.is_constant(name)]
-        both = _leading_to(self._graph, constants) + list(nodes)
-        every = list({node.first_output: node for node in both}.values())
-        graph.node.extend(node.proto for node in every)
-        used = {name for node in every for name in (*node.inputs, *node.captured)}
-        graph.initializer.extend(tensor for name, tensor in self._initializers.items() if name in used)
-        declared = {value.name: value for value in whole.graph.input}
-        for name in self.inputs(nodes):
-            value = declared.get(name) or helper.make_tensor_value_info(name, self._type(name), None)
-            graph.input.append(value)
-        for index, name in enumerate(outputs):
-            if sizes:
-                graph.node.append(helper.make_node("Size", [name], [f"qdq_surgeon/size_{index}"]))
-            element = TensorProto.INT64 if sizes else self._type(name)
-            output = f"qdq_surgeon/size_{index}" if sizes else name
-            graph.output.append(helper.make_tensor_value_info(output, element, None))
-        self._written += 1
-        path = self._folder / f"{self._written}.onnx"
-        path.write_bytes(runnable(proto).SerializeToString())
-        return path
-
-    def _type(self, name: str) -> int:
-        return self._graph.element_type(name) or TensorProto.FLOAT
 
 
 def _in_kernel_layout(

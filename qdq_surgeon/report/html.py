@@ -6,7 +6,11 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from .chart import WEIGHT_BAR, Bar, bar_chart
+from .tables import decibels
+
 if TYPE_CHECKING:
+    from ..refinement.sensitivity import Sensitivity
     from ..tensorrt.audit import Audit
 
 STYLE = """
@@ -51,6 +55,41 @@ Engine: {escape(str(audit.backend))}.</p>
 </table>
 <h2>Kernels that only convert</h2>
 <ul>{conversions}</ul>
+</body></html>
+"""
+
+
+CHARTED = 30
+"""How many bars a chart shows."""
+
+
+def sensitivity_chart(model: str, found: Sensitivity) -> str:
+    """The ops that add most to the error, as SVG."""
+    bars = [Bar(op.op, op.share, f"{op.share:.1%}, {op.macs:,} MACs") for op in found.ops[:CHARTED]]
+    return bar_chart(f"{model}: what each op adds to the error", bars)
+
+
+def sensitivity_page(model: str, found: Sensitivity) -> str:
+    """Charts of ops, pairs and the error along the graph, and what they were measured on."""
+    pairs = [
+        Bar(site.tensor, site.share, f"{site.share:.1%}, {decibels(site.sqnr)} alone", WEIGHT_BAR)
+        if site.weight
+        else Bar(site.tensor, site.share, f"{site.share:.1%}, {decibels(site.sqnr)} alone")
+        for site in found.sites[:CHARTED]
+    ]
+    along = [(error.op, decibels(error.before), decibels(error.sqnr), f"{error.added:.2%}") for error in found.tensors]
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Sensitivity of {escape(model)}</title>
+<style>{STYLE}</style></head><body>
+<h1>Sensitivity of {escape(model)}</h1>
+<p>SQNR with all {len(found.sites)} pairs: <strong>{decibels(found.sqnr)}</strong>.
+{found.passes} forward passes of {found.samples} samples.</p>
+<h2>Ops</h2>
+{sensitivity_chart(model, found)}
+<h2>Pairs (weights in another colour)</h2>
+{bar_chart(f"{model}: what each pair alone adds to the error", pairs)}
+<h2>Along the graph, with all pairs at work</h2>
+{_table(("op", "SQNR of what it reads", "SQNR of what it makes", "noise added, of the signal"), along)}
 </body></html>
 """
 

@@ -21,9 +21,9 @@ def vetoed(
     over its reading as a glob. Raises FilterError, with the nearest names, where an entry matches nothing.
     """
     out = _selected(graph, exclude, "exclude")
-    if include := _entries(include):
+    if include := entries(include):
         out |= {node.first_output for node in graph.nodes} - _selected(graph, include, "include")
-    if kinds := set(_entries(op_types)):
+    if kinds := set(entries(op_types)):
         present = {node.op for node in graph.nodes}
         for kind in sorted(map(str, kinds - present)):
             raise FilterError(
@@ -33,13 +33,14 @@ def vetoed(
     return frozenset(out)
 
 
-def _entries(selection: Selection) -> list[str | Callable[[Node], bool]]:
+def entries(selection: Selection) -> list[str | Callable[[Node], bool]]:
+    """A selection as a list."""
     return [selection] if isinstance(selection, str) or callable(selection) else list(selection)
 
 
 def _selected(graph: Graph, selection: Selection, filter_name: str) -> set[str]:
     chosen: set[str] = set()
-    for entry in _entries(selection):
+    for entry in entries(selection):
         matched = {node.first_output for node in graph.nodes if entry(node)} if callable(entry) else named(graph, entry)
         if not matched:
             raise FilterError(_nothing(graph, entry, filter_name))

@@ -15,7 +15,7 @@ from onnx import ModelProto
 from ..edges import count
 from ..errors import PlacementError
 from ..existing import PREFIX, strip_pairs
-from ..graph import QDQ_OPS, Graph, Node, all_nodes
+from ..graph import QDQ_OPS, Graph, Node, all_nodes, multiply_accumulates
 from ..model import Model, Source, load, metadata
 from ..report.tables import table
 from ..rules.commuting import commutes
@@ -228,7 +228,9 @@ def _ops(source: Model, stripped: ModelProto, built: _Built) -> Iterable[OpAudit
             reason = ", ".join(found) or NO_INT8_KERNEL.get((built.engine.backend.name, node.op), UNEXPLAINED)
         elif not planned:
             reason = rules.get(node.first_output, "no rule speaks of it")
-        yield OpAudit(label, node.first_output, planned, int8, _macs(node, built.graph), kernels, reason)
+        yield OpAudit(
+            label, node.first_output, planned, int8, multiply_accumulates(node, built.graph.shape), kernels, reason
+        )
 
 
 def _kept_rules(source: Model, stripped: ModelProto) -> dict[str, str]:
@@ -249,7 +251,7 @@ def _kept_rules(source: Model, stripped: ModelProto) -> dict[str, str]:
 
 
 def _figures(built: _Built) -> Figures:
-    macs = {node.first_output: _macs(node, built.graph) for node in built.ops}
+    macs = {node.first_output: multiply_accumulates(node, built.graph.shape) for node in built.ops}
     int8 = [node for node in built.ops if built.is_int8(node)]
     total = sum(macs.values())
     return Figures(
@@ -274,18 +276,3 @@ def _weight_elements(node: Node, graph: Graph) -> int | None:
     """How many elements the op's weight has; None where it has none."""
     weights = [graph.shape(name) or () for name in node.inputs[:2] if graph.is_constant(name)]
     return max((math.prod(size or 1 for size in shape) for shape in weights), default=None)
-
-
-def _macs(node: Node, graph: Graph) -> int:
-    """Multiply-accumulates at the profile's usual shape; 0 where a shape is unknown."""
-    left, right = (graph.shape(name) for name in node.inputs[:2])
-    out = graph.shape(node.first_output)
-    if left is None or right is None or out is None or None in (*left, *right, *out):
-        return 0
-    sizes = [math.prod(size or 0 for size in shape) for shape in (left, right, out)]
-    if node.op == "Conv":
-        return sizes[2] * math.prod(size or 0 for size in right[1:])
-    if node.op == "ConvTranspose":
-        return sizes[0] * math.prod(size or 0 for size in right[1:])
-    inner = left[-2] if node.op == "Gemm" and node.attribute("transA") else left[-1]
-    return sizes[2] * (inner or 0)

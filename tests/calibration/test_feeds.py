@@ -778,7 +778,7 @@ def dealt(text, data, limit=None, hold_out=True):
 
 
 def evaluated(split):
-    return np.concatenate([batch.feed["x"] for batch in split.evaluation])
+    return np.concatenate([batch.feed["x"] for batch in split.for_comparison()])
 
 
 def made_up(text, given):

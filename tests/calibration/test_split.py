@@ -49,4 +49,4 @@ def test_a_shard_that_is_none_is_refused(shard):
 
 def test_nothing_is_kept_where_nobody_compares():
     split = Split(opened(OPEN, {"x": rows(40)}), hold_out=False, keep=False)
-    assert (sum(batch.samples for batch in split), split.evaluation) == (40, [])
+    assert (sum(batch.samples for batch in split), split.seen) == (40, [])

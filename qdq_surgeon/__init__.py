@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from .errors import PlacementError as PlacementError
     from .errors import PlanError as PlanError
     from .errors import QdqError as QdqError
+    from .making import Result as Result
     from .model import load as load
-    from .pipeline import Result as Result
     from .pipeline import apply as apply
     from .pipeline import calibrate as calibrate
     from .pipeline import choose as choose
@@ -48,7 +48,7 @@ _HOME = {
     "plan": "pipeline",
     "quantize": "pipeline",
     "sensitivity": "pipeline",
-    "Result": "pipeline",
+    "Result": "making",
     "load": "model",
     "save": "storage",
     "Comparison": "comparison",

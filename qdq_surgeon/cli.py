@@ -131,7 +131,7 @@ def _insert_options(parser: argparse.ArgumentParser) -> None:
     _data_options(parser)
     _placement_options(parser)
     _run_options(parser)
-    parser.add_argument("--method", default="mse", help="range method: mse (default), max, entropy, percentile:P")
+    parser.add_argument("--method", default="mse", help="range method: mse (default), max, entropy, percentile:P, auto")
     parser.add_argument("--stats", type=Path, metavar="FILE", help="take the statistics of `qdq-surgeon calibrate -o`")
     parser.add_argument("--calibration-cache", type=Path, metavar="FILE", help="take scales from a TensorRT .cache")
     parser.add_argument("--write-cache", type=Path, metavar="FILE", help="write the scales as a TensorRT .cache too")
@@ -152,6 +152,10 @@ def _insert_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _accuracy_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gptq", action="store_true", help="round weights for what their layers compute (slower)")
+    parser.add_argument(
+        "--weights", choices=("pairs", "int8"), default="pairs", help="int8: store integers, a quarter of the file"
+    )
     parser.add_argument("--no-bias-correction", action="store_true", help="leave the biases as they are")
     parser.add_argument(
         "--float-worst",

@@ -78,6 +78,8 @@ def insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
             calibration_cache=options.calibration_cache,
             provider=options.provider,
             memory=options.memory,
+            gptq=options.gptq,
+            weights=options.weights,
             bias_correction=not options.no_bias_correction,
             float_worst=options.float_worst,
             target_sqnr=options.target_sqnr,
@@ -99,12 +101,10 @@ def insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
         _shout(SYNTHETIC_COMPARISON)
     if origin.samples:
         say(f"calibrated by {result.scales.method} on {count(origin.samples, 'sample')} of {origin.data}")
-    if result.mixed:
-        the_plan = result.plan
-        say(result.mixed)
+    the_plan = result.plan
     _say_dropped(result.scales, the_plan, say)
-    if result.correction:
-        say(result.correction)
+    for refinement in result.refinements:
+        say(refinement)
     for note in result.notes:
         say(f"note: {note}")
     if result.comparison:
@@ -272,8 +272,8 @@ def compare(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     from .tensorrt.runs import compare_engines
 
     _check_gates(options)
-    _check_files(options)
     model, quantized = _load(options), load(options.quantized)
+    _check_files(options)
     with _progress_bar(options) as progress:
         comparison = pipeline.compare(
             model,
@@ -339,11 +339,11 @@ def strip(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     """Take pairs out of a Q/DQ model."""
     from .existing import count_pairs, strip_pairs
     from .rules.filters import vetoed
-    from .storage import save
+    from .storage import data_file, save
 
     model = _load(options)
     output = options.output or options.model.with_name(f"{options.model.stem}.float.onnx")
-    _check_files(options, output)
+    _check_files(options, output, data_file(model.proto, output))
     filters = (options.include, options.exclude, options.op_types)
     chosen = {node.first_output for node in model.graph.nodes} - vetoed(model.graph, *filters)
     stripped = strip_pairs(model.original, chosen if any(filters) else None)
@@ -497,7 +497,7 @@ def _read_plan(path: Path) -> Plan:
 
 def _check_files(options: argparse.Namespace, *outputs: Path | None) -> None:
     """Refuse, before any work, outputs that cannot be written, that overwrite an input, or each other."""
-    from .storage import is_same
+    from .storage import is_same, spare_weights
 
     named = ("model", "quantized", "data", "plan_file", "calibration_cache", "placement", "preprocess")
     inputs = [Path(value) for name in named if (value := getattr(options, name, None)) is not None]
@@ -519,6 +519,7 @@ def _check_files(options: argparse.Namespace, *outputs: Path | None) -> None:
             raise QdqError(f"{output} is the input itself, which is never overwritten: name another output")
         if any(is_same(output, other) for other in seen):
             raise QdqError(f"{output} is named for two outputs: give each its own file")
+        spare_weights(output)
         seen.append(output)
 
 

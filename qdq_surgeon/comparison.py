@@ -256,7 +256,7 @@ def _looks_like_scores(shape: Sequence[int]) -> bool:
 
 
 def _top1(scores: NDArray[Any]) -> NDArray[Any]:
-    return np.asarray(scores.reshape(len(scores), -1).argmax(1))
+    return np.asarray(scores.reshape(scores.shape[:2]).argmax(1))
 
 
 def _decibels(signal: float, noise: float) -> float:

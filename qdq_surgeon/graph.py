@@ -7,18 +7,18 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections import ChainMap
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import AttributeProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, TypeProto, helper
 
-from . import weights
-from .edges import GRAPH_OUTPUT, Edge, scoped
+from . import folding, weights
+from .edges import GRAPH_OUTPUT, Edge, count, scoped
 from .errors import ModelError
 
 MIN_OPSET = 13
@@ -36,7 +36,7 @@ FLOAT_TYPES = frozenset({TensorProto.FLOAT}) | HALF_TYPES
 
 QDQ_OPS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 INTEGER_OPS = re.compile(
-    r"QLinear\w+|QGemm|QAttention|\w+Integer(ToFloat)?|DynamicQuantize\w+|QEmbedLayerNormalization"
+    r"QLinear\w+|QGemm|QAttention|\w+Integer(ToFloat)?|DynamicQuantize\w+|QEmbedLayerNormalization|QOrdered\w+"
 )
 """Ops of models that are quantized in operator form, ONNX's and onnxruntime's. TensorRT refuses them."""
 
@@ -46,9 +46,7 @@ NOT_FOLDABLE = frozenset(
 DATA_FREE_OPS = frozenset({"Shape", "Size"})
 """Ops that read a float tensor without its values."""
 
-MOST_FOLDED = 1 << 31
-"""No constant with more elements is computed: a few bytes of a model can ask for any size."""
-
+ONNX_DOMAINS = frozenset({"", "ai.onnx"})
 CONTROL_OPS = frozenset({"If", "Loop", "Scan"})
 """The ops whose bodies are planned."""
 
@@ -75,7 +73,7 @@ class Node:
     @staticmethod
     def of(proto: NodeProto, scope: _Scope | None = None) -> Node:
         scope = scope or _Scope(onnx.GraphProto())
-        op = proto.op_type if proto.domain in ("", "ai.onnx") else f"{proto.domain}::{proto.op_type}"
+        op = proto.op_type if proto.domain in ONNX_DOMAINS else f"{proto.domain}::{proto.op_type}"
         first = first_output_of(proto)
         edges = tuple(Edge(scope.path, first, slot, op, proto.name) for slot in range(len(proto.input)))
         captured = tuple(dict.fromkeys(scope.key(tensor) for tensor, _ in captured_edges(proto, scope.path)))
@@ -125,10 +123,8 @@ class _Scope:
 
     def inner(self, node: NodeProto) -> list[_Scope]:
         """The scopes of a control-flow node's bodies."""
-        if node.op_type not in CONTROL_OPS or node.domain not in ("", "ai.onnx"):
-            return []
         first = first_output_of(node)
-        return [_Scope(body, (*self.path, f"{first}.{name}"), self) for name, body in bodies(node)]
+        return [_Scope(body, (*self.path, f"{first}.{name}"), self) for name, body in entered(node)]
 
     @property
     def results(self) -> tuple[str, ...]:
@@ -150,7 +146,7 @@ class Graph:
         self._deep = deep
         self._quantizable = FLOAT_TYPES if self.opset >= HALF_OPSET else FLOAT_TYPES - HALF_TYPES
         self._initializers: dict[str, TensorProto] = {}
-        self._sparse: set[str] = set()
+        self._sparse: dict[str, SparseTensorProto] = {}
         self._producers: dict[str, Node] = {}
         self._homes: dict[str, tuple[tuple[str, ...], str]] = {}
         self._bodies: dict[str, list[_Scope]] = {}
@@ -162,9 +158,11 @@ class Graph:
         self.nodes: tuple[Node, ...] = tuple(self._ordered())
         self._positions = {node.first_output: index for index, node in enumerate(self.nodes)}
         self._readers: dict[str, tuple[Edge, ...]] = self._read()
-        self._types, self._shapes, self.notes = _inferred(proto, self._top())
+        found = _inferred(proto, self._top())
+        self._types, self._shapes, self._containers = found.types, found.shapes, found.containers
         self._complete_types()
         self._constants = self._find_constants()
+        self.notes: tuple[str, ...] = (*found.notes, *self._notes())
 
     def _enter(self, scope: _Scope) -> None:
         """Take in a graph's nodes and initializers, and those of its bodies."""
@@ -172,7 +170,7 @@ class Graph:
         if scope.path:
             self._homes |= {scope.key(name): (scope.path, name) for name in _local_names(scope.graph)}
         self._initializers |= {scope.key(tensor.name): tensor for tensor in scope.graph.initializer}
-        self._sparse |= {scope.key(tensor.values.name) for tensor in scope.graph.sparse_initializer}
+        self._sparse |= {scope.key(tensor.values.name): tensor for tensor in scope.graph.sparse_initializer}
         for proto in scope.graph.node:
             node = Node.of(proto, scope)
             for output in filter(None, node.outputs):
@@ -215,8 +213,8 @@ class Graph:
         return self._positions.get(node.first_output, -1) if node else -1
 
     def is_constant(self, tensor: str) -> bool:
-        """True for initializers and for what follows from them alone (Constant, Cast, Transpose, Reshape ...)."""
-        return tensor in self._constants
+        """True for initializers and tensors that follow from them alone (Constant, Cast, Transpose, Reshape ...)."""
+        return tensor in self._constants and tensor not in self._containers
 
     def is_float(self, tensor: str) -> bool:
         """True for the tensors that Q/DQ can read: FP32, and from opset 19 on FP16 and BF16."""
@@ -226,20 +224,27 @@ class Graph:
         """The TensorProto.DataType of a tensor, None where it is unknown."""
         return self._types.get(tensor)
 
+    def type(self, tensor: str) -> TypeProto | None:
+        """The type without dimensions, of sequences and optional values too; None where it is unknown."""
+        element = self._types.get(tensor)
+        return helper.make_tensor_type_proto(element, None) if element else self._containers.get(tensor)
+
     def shape(self, tensor: str) -> tuple[int | None, ...] | None:
         """The dimensions (None: dynamic), or None where the rank is unknown."""
         return self._shapes.get(tensor)
 
     def shapes_for(self, fed: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int | None, ...]]:
         """The dimensions of all tensors when the inputs have these shapes, as far as inference finds them."""
-        return _inferred(self.proto, self._top(), fed)[1]
+        return _inferred(self.proto, self._top(), fed).shapes
 
     def value(self, tensor: str) -> NDArray[Any]:
         """The value of a constant tensor. Raises ModelError where it cannot be computed."""
-        literal = self._initializers.get(tensor) or self._literal(tensor)
+        literal = self._initializers.get(tensor) or self._sparse.get(tensor) or self._literal(tensor)
         if literal is None:
             return self._fold(tensor)
         try:
+            if isinstance(literal, SparseTensorProto):
+                return folding.dense(literal, self._most_folded)
             return weights.array(literal)
         except ModelError:
             raise
@@ -262,36 +267,24 @@ class Graph:
         return value if isinstance(value, TensorProto) else None
 
     def _fold(self, tensor: str) -> NDArray[Any]:
-        from onnx.reference import ReferenceEvaluator  # slow to import, and most models never need it
-
         chain: dict[str, Node] = {}
-        leaves: dict[str, TensorProto] = {}
         pending = [tensor]
         while pending:
-            name = pending.pop()
-            node = self._producers.get(name)
-            if name in self._initializers:
-                leaves[name] = numpy_helper.from_array(self.value(name), name)
-            elif node is not None and node.first_output not in chain:
+            node = self._producers.get(pending.pop())
+            if node is not None and node.first_output not in chain:
                 chain[node.first_output] = node
-                pending.extend(node.inputs)
-        for name in (output for node in chain.values() for output in node.outputs):
-            if math.prod(dim or 1 for dim in self.shape(name) or ()) > MOST_FOLDED:
-                raise ModelError(f"the constant '{tensor}' cannot be computed: '{name}' has dims {self.shape(name)}")
+                pending.extend(name for name in node.inputs if not self._literal(name))
         protos = [_with_keys(chain[name]) for name in sorted(chain, key=self._positions.__getitem__)]
-        output = helper.make_tensor_value_info(tensor, self._types.get(tensor, TensorProto.FLOAT), None)
-        graph = helper.make_graph(protos, "fold", [], [output], initializer=list(leaves.values()))
-        try:
-            model = helper.make_model(graph, opset_imports=self.proto.opset_import)
-            folded: Any = ReferenceEvaluator(model).run(None, {})
-        except Exception as error:
-            raise ModelError(f"the constant '{tensor}' cannot be computed ({one_line(error)})") from error
-        return np.asarray(folded[0])
+        return folding.fold(tensor, protos, self.value, self.proto.opset_import, self._most_folded)
+
+    @cached_property
+    def _most_folded(self) -> int:
+        return folding.limit(sum(math.prod(tensor.dims) for tensor in self._initializers.values()))
 
     def _ordered(self) -> Iterator[Node]:
         done: set[str] = set()
         open_: set[str] = set()
-        known = set(self.inputs) | self._initializers.keys() | self._sparse | self._homes.keys()
+        known = set(self.inputs) | self._initializers.keys() | self._sparse.keys() | self._homes.keys()
         stack = [(name, False) for name in reversed(self.outputs)]
         while stack:
             tensor, leaving = stack.pop()
@@ -335,9 +328,11 @@ class Graph:
 
     def _edges_of_bodies(self, node: Node) -> Iterator[tuple[str, Edge]]:
         """What is read inside a node's bodies beside their own nodes: their outputs, or all that comes from outside."""
-        if not self._deep:
-            yield from captured_edges(node.proto, ())
-        for body in self._bodies.get(node.first_output, ()):
+        inner = self._bodies.get(node.first_output, ())
+        if not inner:
+            key = self._scopes[node.scope].key
+            yield from ((key(tensor), edge) for tensor, edge in captured_edges(node.proto, node.scope))
+        for body in inner:
             for value in body.graph.output:
                 yield body.key(value.name), Edge(body.path, value.name, GRAPH_OUTPUT)
 
@@ -355,7 +350,7 @@ class Graph:
                     self._types.setdefault(tensor, known[variable])
 
     def _find_constants(self) -> set[str]:
-        constants = set(self._initializers)
+        constants = {*self._initializers, *self._sparse}
         for node in self.nodes:
             inputs = [name for name in node.inputs if name]
             if not inputs and node.op != "Constant":
@@ -365,6 +360,21 @@ class Graph:
             if all(name in constants for name in inputs):
                 constants.update(node.outputs)
         return constants
+
+    def _notes(self) -> Iterator[str]:
+        """What stays float because nothing here looks into it."""
+        others = Counter(node.proto.domain for node in self.nodes if "::" in node.op)
+        for domain, number in sorted(others.items()):
+            yield f"{count(number, 'node')} of the domain {domain} left float: only ONNX's own operators are planned"
+        for function in self.proto.functions:
+            if _has_linear(function):
+                yield (
+                    f"the function {function.domain}.{function.name} holds Q/DQ pairs, which stay: what reads its "
+                    "results may get a second pair (inline the function to have its pairs taken into account)"
+                )
+        for node in self.nodes:
+            if not entered(node.proto) and any(_has_linear(body) for _, body in bodies(node.proto)):
+                yield f"{node.label} holds Q/DQ pairs in a body that is not planned: they stay"
 
 
 def multiply_accumulates(node: Node, shape: Callable[[str], tuple[int | None, ...] | None]) -> int:
@@ -436,9 +446,19 @@ def bodies(node: NodeProto) -> list[tuple[str, onnx.GraphProto]]:
     ]
 
 
+def entered(node: NodeProto) -> list[tuple[str, onnx.GraphProto]]:
+    """The bodies that are planned, and in which pairs are found: those of ONNX's If, Loop and Scan."""
+    return bodies(node) if node.op_type in CONTROL_OPS and node.domain in ONNX_DOMAINS else []
+
+
 def is_integer_op(node: NodeProto) -> bool:
     """True for the ops of models that are quantized in operator form."""
-    return INTEGER_OPS.fullmatch(node.op_type) is not None
+    known = node.domain in ONNX_DOMAINS or node.domain == "com.microsoft"
+    return known and INTEGER_OPS.fullmatch(node.op_type) is not None
+
+
+def _has_linear(graph: onnx.GraphProto | onnx.FunctionProto) -> bool:
+    return any(node.op_type in QDQ_OPS for node in all_nodes(graph))
 
 
 def all_nodes(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[NodeProto]:
@@ -447,6 +467,12 @@ def all_nodes(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[NodeProto
         yield node
         for _, body in bodies(node):
             yield from all_nodes(body)
+
+
+def every_node(proto: ModelProto) -> Iterator[NodeProto]:
+    """The nodes of a model: those of its graph, of the bodies in it, and of its own functions."""
+    for graph in (proto.graph, *proto.functions):
+        yield from all_nodes(graph)
 
 
 class FreshNames:
@@ -489,13 +515,19 @@ def captured_edges(node: NodeProto, scope: tuple[str, ...]) -> Iterator[tuple[st
                 yield value.name, Edge(inner, value.name, GRAPH_OUTPUT)
 
 
-def _inferred(
-    proto: ModelProto, nodes: Iterable[Node], fed: Mapping[str, tuple[int, ...]] | None = None
-) -> tuple[dict[str, int], dict[str, tuple[int | None, ...]], tuple[str, ...]]:
-    """Element types and shapes of all tensors, by onnx's shape inference on a sorted copy without the weights' data.
+@dataclass(frozen=True)
+class _Inferred:
+    """What shape inference found of all tensors. `containers`: the types of sequences and optional values."""
 
-    The third part says why there is little of both, where inference failed. `fed` states the shapes of inputs.
-    """
+    types: dict[str, int]
+    shapes: dict[str, tuple[int | None, ...]]
+    containers: dict[str, TypeProto]
+    notes: tuple[str, ...]
+    """Why there is little of all that, where inference failed."""
+
+
+def _inferred(proto: ModelProto, nodes: Iterable[Node], fed: Mapping[str, tuple[int, ...]] | None = None) -> _Inferred:
+    """onnx's shape inference on a sorted copy without the weights' data. `fed` states the shapes of inputs."""
     bare = skeleton(proto, nodes)
     if fed is not None:
         _state_shapes(bare.graph, fed)
@@ -507,17 +539,33 @@ def _inferred(
         inferred = bare.graph
     types: dict[str, int] = {}
     shapes: dict[str, tuple[int | None, ...]] = {}
+    containers: dict[str, TypeProto] = {}
     for scope in _all_scopes(_Scope(inferred)):
         for value in (*scope.graph.value_info, *scope.graph.output, *scope.graph.input):
-            element, dims = tensor_type(value)
+            key, (element, dims) = scope.key(value.name), tensor_type(value)
             if element:
-                types[scope.key(value.name)] = element
+                types[key] = element
             if dims is not None:
-                shapes[scope.key(value.name)] = tuple(dim if isinstance(dim, int) else None for dim in dims)
+                shapes[key] = tuple(dim if isinstance(dim, int) else None for dim in dims)
+            if value.type.WhichOneof("value") in _CONTAINERS:
+                containers[key] = _without_dims(value.type)
     for scope in _all_scopes(_Scope(proto.graph)):
         for tensor in scope.graph.initializer:
             types[scope.key(tensor.name)], shapes[scope.key(tensor.name)] = tensor.data_type, tuple(tensor.dims)
-    return types, shapes, notes
+        for sparse in scope.graph.sparse_initializer:
+            key = scope.key(sparse.values.name)
+            types[key], shapes[key] = sparse.values.data_type, tuple(sparse.dims)
+    return _Inferred(types, shapes, containers, notes)
+
+
+_CONTAINERS = {"sequence_type": helper.make_sequence_type_proto, "optional_type": helper.make_optional_type_proto}
+
+
+def _without_dims(kind: TypeProto) -> TypeProto:
+    which = kind.WhichOneof("value")
+    if which in _CONTAINERS:
+        return _CONTAINERS[which](_without_dims(getattr(kind, which).elem_type))
+    return helper.make_tensor_type_proto(kind.tensor_type.elem_type, None) if which == "tensor_type" else kind
 
 
 def _all_scopes(scope: _Scope) -> Iterator[_Scope]:
@@ -554,6 +602,10 @@ def skeleton(proto: ModelProto, nodes: Iterable[Node] = ()) -> ModelProto:
             graph.initializer.append(tensor)
         elif tensor.name not in listed:
             graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    for sparse in proto.graph.sparse_initializer:
+        values = sparse.values
+        if values.name not in listed:
+            graph.input.append(helper.make_tensor_value_info(values.name, values.data_type, list(sparse.dims)))
     return bare
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto
+from onnx import GraphProto, ModelProto, numpy_helper
 
 from .biases import shift_biases
 from .edges import Edge, Plan, Site
@@ -28,12 +28,17 @@ RULE_KEY = PREFIX + "rule"
 
 
 def insert_pairs(
-    model: Model, plan: Plan, scales: Scales, version: str, shifts: Mapping[Edge, NDArray[Any]] | None = None
+    model: Model,
+    plan: Plan,
+    scales: Scales,
+    version: str,
+    shifts: Mapping[Edge, NDArray[Any]] | None = None,
+    weights: Mapping[str, NDArray[Any]] | None = None,
 ) -> ModelProto:
     """A copy of the model with a Q/DQ pair at every site of the plan that has a scale and a reader left.
 
     A pair that came with the model stays, and what else shall read its tensor quantized reads it too. `shifts` are
-    added to the biases.
+    added to the biases; `weights` take the place of initializers.
     Raises PlanError where plan or scales belong to another model.
     """
     check_plan(model, plan)
@@ -50,6 +55,9 @@ def insert_pairs(
         _move_forward(graph, set(joining.values()))
     for scope, graph in reversed(graphs.items()):  # bodies first: splicing copies the nodes that hold them
         _splice(graph, [pair for pair in pairs if pair.scope == scope])
+    for tensor in proto.graph.initializer:
+        if weights and tensor.name in weights:
+            tensor.CopyFrom(numpy_helper.from_array(weights[tensor.name], tensor.name))
     shift_biases(proto, model.graph, shifts or {}, names)
     _record(proto, plan, scales, version)
     return proto
@@ -111,8 +119,9 @@ def _rewire(graphs: Mapping[tuple[str, ...], GraphProto], outputs: Mapping[Edge,
     for edge, output in outputs.items():
         node = nodes[edge.scope, edge.reader]
         if is_linear(node, "DequantizeLinear"):  # in the float model a Relu or a Cast stands for this pair
-            around = (edge.scope[:depth] for depth in range(len(edge.scope), -1, -1))
-            node = next(nodes[scope, node.input[0]] for scope in around if (scope, node.input[0]) in nodes)
+            while not is_linear(node, "QuantizeLinear"):
+                around = ((edge.scope[:depth], node.input[0]) for depth in range(len(edge.scope), -1, -1))
+                node = next(nodes[maker] for maker in around if maker in nodes)
         node.input[edge.slot] = output
 
 

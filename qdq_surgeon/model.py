@@ -19,7 +19,7 @@ from onnx import ModelProto, NodeProto, TensorProto
 
 from . import weights
 from .errors import ModelError, QdqError
-from .existing import ExistingPair, notes_on, parted
+from .existing import ExistingPair, notes_on, notes_on_left, pairs_left, parted
 from .graph import (
     HALF_OPSET,
     HALF_TYPES,
@@ -98,20 +98,25 @@ class Model:
         return tuple(value for value in self.proto.graph.input if value.name not in initializers)
 
     def existing_pair(self, tensor: str, axis: int | None, scope: tuple[str, ...]) -> ExistingPair | None:
-        """The first pair of a tensor that came with the model and that a node of the scope can read."""
+        """The pair that came with the model and that another reader of the tensor, a node of the scope, may join."""
         pairs = self._existing_by_site.get((tensor, axis), [])
         return next((pair for pair in pairs if pair.is_seen_from(scope)), None)
 
     @cached_property
     def _existing_by_site(self) -> Mapping[tuple[str, int | None], list[ExistingPair]]:
         found: dict[tuple[str, int | None], list[ExistingPair]] = {}
-        for pair in self.existing:
-            found.setdefault((pair.tensor, pair.axis), []).append(pair)
+        for pair in sorted(self.existing, key=lambda pair: not pair.is_symmetric_int8):
+            if pair.is_open:
+                found.setdefault((pair.tensor, pair.axis), []).append(pair)
         return found
 
     def without_pairs(self) -> Model:
-        """The float model, as if it had never been quantized."""
-        return replace(self, original=self.proto, quantized=None, existing=(), notes=()) if self.quantized else self
+        """The float model, as if it had never been quantized; pairs that are not understood stay, with a note."""
+        if not self.quantized:
+            return self
+        left = pairs_left(self.proto)
+        quantized = self.proto if left else None
+        return replace(self, original=self.proto, quantized=quantized, existing=left, notes=tuple(notes_on_left(left)))
 
 
 def load(

@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict, Unpack
 
@@ -21,63 +19,37 @@ from .calibration.quality import findings
 from .calibration.ranges import DEFAULT_METHOD, range_method
 from .calibration.sessions import DEFAULT_PROVIDER, Progress, trial
 from .calibration.split import Shard, Split
-from .calibration.statistics import Origin, Statistics
+from .calibration.statistics import Statistics
 from .comparison import SIMULATED, SIMULATED_HALF, Comparison, compare_models
 from .edges import Plan, count
 from .errors import DataError, ModelError, PlanError, QdqError
 from .float16 import to_float16
-from .graph import all_nodes, is_integer_op
-from .insertion import insert_pairs
+from .graph import every_node, is_integer_op
+from .making import MEASURED, NO_SCALES, Maker, Result, bare_result, inserted, unchanged
 from .model import Model, Source, load
-from .refinement.bias import BiasCorrection, correct_biases
+from .refinement.auto import AUTO
 from .refinement.lockstep import evenly, fitting_samples
-from .refinement.mixed import keep_float
 from .refinement.scoring import Score, scored
 from .refinement.search import Ops
 from .refinement.sensitivity import Sensitivity, measure
-from .refinement.target import MixedPrecision, Target
-from .refinement.trace import TensorError, trace
+from .refinement.target import Target
+from .refinement.trace import TensorError
 from .rules.filters import Selection, entries, vetoed
 from .rules.placement import DEFAULT, load_placement
 from .rules.planner import check_plan, make_plan
 from .rules.predicates import PairPredicate, Predicate
 from .scales import Scales, choose_scales, every_activation, tensors_to_calibrate
+from .stored import store_weights
 from .tensorrt.cache import read_cache, scales_from_cache
 
 log = logging.getLogger("qdq_surgeon")
 
-VERSION = version("qdq-surgeon")
 RANGE_SAMPLES = 16
 """How many samples tell which activations exceed FP16's range."""
-MEASURED = 8
-"""How many samples tell which ops add most to the error."""
+WEIGHTS = ("pairs", "int8")
+"""How weights are stored: in float with a Q and a DQ, or as integers with a DQ alone."""
 AS_GIVEN = "the model as given (with its own pairs)"
 """What the result is compared with where the model came with pairs."""
-NO_SCALES = Scales("none", Origin(("no data",), "", 0), "", {})
-
-
-@dataclass(frozen=True)
-class Result:
-    """What `quantize` returns. `comparison` is None where it was left out, or where nothing was quantized.
-
-    `notes` says what a user should know about the model: what stayed FP32 in FP16, for example.
-    """
-
-    model: ModelProto
-    plan: Plan
-    scales: Scales
-    correction: BiasCorrection | None = None
-    mixed: MixedPrecision | None = None
-    comparison: Comparison | None = None
-    notes: tuple[str, ...] = ()
-    evaluation: tuple[Batch, ...] = field(default=(), repr=False, compare=False)
-    """The batches that the comparison ran on."""
-
-    def __str__(self) -> str:
-        lines = [next(self.plan.lines()), *self.notes]
-        lines += [f"{edge} stays float: {reason}" for edge, reason in self.scales.dropped.items()]
-        lines += [str(done) for done in (self.mixed, self.correction) if done]
-        return "\n".join(lines) + (f"\n\n{self.comparison}" if self.comparison else "")
 
 
 def quantize(
@@ -130,6 +102,8 @@ class Options(TypedDict, total=False):
     float16: bool
     float16_io: bool
     bias_correction: bool
+    gptq: bool
+    weights: str
     float_worst: int
     target_sqnr: float | None
     target_agreement: float | None
@@ -155,6 +129,8 @@ def apply(
     float16: bool = False,
     float16_io: bool = False,
     bias_correction: bool = True,
+    gptq: bool = False,
+    weights: str = "pairs",
     float_worst: int = 0,
     target_sqnr: float | None = None,
     target_agreement: float | None = None,
@@ -166,47 +142,50 @@ def apply(
 ) -> Result:
     """The line from a plan on: calibrate, choose, insert, compare.
 
-    `method` chooses ranges: mse, max, entropy or percentile[:P]. At most `samples` samples calibrate. `shapes` gives
-    the sizes of synthetic inputs, `preprocessing` says how images become inputs. `statistics` of an earlier run, or a
-    TensorRT `calibration_cache` with scales, take the place of a calibration. `provider` is where onnxruntime runs
-    the float model (cpu, cuda, tensorrt), `memory` how many bytes the process should take at most while it
-    calibrates. `float16` puts the un-quantized rest and the scales into FP16 (`float16_io`: inputs and outputs too).
-    `bias_correction` takes back what quantized layers err on average, where it helps on samples kept for judging.
-    `float_worst` ops that add most to the error stay float; or as few multiply-accumulates as reach `target_sqnr` (dB),
-    `target_agreement` (0 to 1) and `target_score` on the calibration samples. `score(run)` is a measure of your own,
-    higher is better; `run(feed)` gives a model's outputs by name. `replan` makes the plan again with more ops (by their
-    first outputs) in float, which a target needs; `quantize` brings its own.
-    `progress(stage, done, total)` may raise to stop the run. What the statistics say of poor data is logged as
-    warnings. See `quantize`.
+    `method` chooses ranges: mse, max, entropy or percentile[:P]; `auto` tries them all. At most `samples` samples
+    calibrate. `shapes` gives the sizes of synthetic inputs, `preprocessing` says how images become inputs.
+    `statistics` of an earlier run, or a TensorRT `calibration_cache` with scales, take the place of a calibration.
+    `provider` is where onnxruntime runs the float model (cpu, cuda, tensorrt), `memory` how many bytes the process
+    should take at most while it calibrates. `float16` puts the un-quantized rest and the scales into FP16
+    (`float16_io`: inputs and outputs too). `bias_correction` takes back what quantized layers err on average, where
+    it helps on samples kept for judging. `gptq` rounds weights for what their layers compute; `weights="int8"` stores
+    them as integers, a quarter of the file. `float_worst` ops that add most to the error stay float; or as few
+    multiply-accumulates as reach `target_sqnr` (dB), `target_agreement` (0 to 1) and `target_score` on the
+    calibration samples. `score(run)` is a measure of your own, higher is better; `run(feed)` gives a model's outputs
+    by name. `replan` makes the plan again with more ops (by their first outputs) in float, which a target needs;
+    `quantize` brings its own. `progress(stage, done, total)` may raise to stop the run. What the statistics say of
+    poor data is logged as warnings. See `quantize`.
     """
-    range_method(method)  # a wrong name should not cost a calibration
     target = Target(float_worst, target_sqnr, target_agreement, target_score)
     source = load(model)
     check_plan(source, the_plan)
     if not the_plan.adds_pairs:
-        return Result(insert(source, the_plan, NO_SCALES), the_plan, NO_SCALES)
+        return bare_result(source, the_plan)
     given = statistics is not None or calibration_cache is not None
-    _check_sources(target, float16, statistics, calibration_cache, given and data is None)
+    needs = {"float16": float16, "gptq": gptq, "the method auto": method == AUTO, "a target": bool(target)}
+    _check_options(method, weights, statistics, calibration_cache)
+    _check_samples([name for name, wanted in needs.items() if wanted], source, given and data is None)
     split = Split(_feeds(source, data, shapes, preprocessing), samples)
     if given and data is not None:
         split.deal()
-    if calibration_cache is not None:
-        cache = read_cache(calibration_cache)
-        make = _Maker(source, the_plan, replan, lambda plan: scales_from_cache(source, plan, cache))
-    else:
-        if statistics is None:
-            tensors = every_activation(the_plan) if target else tensors_to_calibrate(the_plan)
-            only = "max" if method == "max" else None
-            statistics = _collect(source, the_plan, tensors, split, only, provider, memory, None, progress, compare)
-        _warn(source, statistics, method)
-        make = _Maker(source, the_plan, replan, partial(_choice, source, statistics, method))
+    if calibration_cache is None and statistics is None:
+        tensors = every_activation(the_plan) if target else tensors_to_calibrate(the_plan)
+        only = "max" if method == "max" else None
+        statistics = _collect(source, the_plan, tensors, split, only, provider, memory, None, progress, compare)
+    if statistics is not None:
+        _warn(source, statistics, DEFAULT_METHOD if method == AUTO else method)
     some = () if source.quantized else fitting_samples(source, split.seen, memory)
-    if bias_correction and not split.feeds.synthetic:
-        make = replace(make, samples=some, progress=progress)
-    result = _to_target(make, target, some, split.seen, score, progress) if target else make()
-    errors = _errors(make, result, some) if compare else ()
+    maker = Maker(source, the_plan, _ranges(source, statistics, method, calibration_cache), replan, progress=progress)
+    if method == AUTO and statistics is not None:
+        maker = maker.with_best_method(statistics, some)
+    if not split.feeds.synthetic:
+        maker = replace(maker, samples=tuple(some), bias_correction=bias_correction, gptq=gptq)
+    result = maker.to_target(target, some, split.seen, score) if target else maker.make()
+    errors = maker.errors_of(result, some) if compare else ()
     if float16:
         result = _in_float16(result, source, split, float16_io)
+    if weights == "int8":
+        result = replace(result, model=store_weights(result.model))
     if compare:
         known = given and statistics is not None and split.feeds.source in statistics.origin.sources
         unseen = split.held_out if not given else False if known else None
@@ -215,85 +194,39 @@ def apply(
     return result
 
 
-def _check_sources(
-    target: Target,
-    float16: bool,
-    statistics: Statistics | None,
-    calibration_cache: str | Path | None,
-    without_data: bool,
+def _check_options(
+    method: str, weights: str, statistics: Statistics | None, calibration_cache: str | Path | None
 ) -> None:
-    """Refuse ranges from two sources, and the lack of samples for what needs some."""
+    """Refuse, before any work, what cannot be."""
+    if method != AUTO:
+        range_method(method)
+    if weights not in WEIGHTS:
+        raise QdqError(f"weights are stored as {' or '.join(map(repr, WEIGHTS))}, not {weights!r}")
     if statistics is not None and calibration_cache is not None:
         raise QdqError("statistics and a calibration cache both give ranges: leave one out")
-    if float16 and without_data:
-        raise DataError("float16 needs samples, to see which values exceed FP16: give data too")
-    if target and without_data:
-        raise DataError("a target needs samples, to see what keeping ops in float gains: give data too")
+    if calibration_cache is not None and method == AUTO:
+        raise QdqError("a calibration cache gives ranges, which leaves the method auto nothing to choose")
 
 
-def _choice(source: Model, statistics: Statistics, method: str, the_plan: Plan) -> Scales:
-    return choose(source, the_plan, statistics, method)
+def _check_samples(needed_by: Sequence[str], source: Model, without_data: bool) -> None:
+    """Refuse what needs samples where there are none, or what needs a float model where it has pairs."""
+    for name in needed_by:
+        if without_data:
+            raise DataError(f"{name} needs samples to look at: give data too")
+        if source.quantized and name != "float16":
+            raise ModelError(f"{name} is for float models, and this one comes with pairs: requantize or strip it")
 
 
-@dataclass(frozen=True)
-class _Maker:
-    """From a plan to a result: choose, insert, correct. Called again for each set of ops that is to stay float."""
-
-    source: Model
-    plan: Plan
-    replan: Callable[[Ops], Plan] | None
-    choose: Callable[[Plan], Scales]
-    samples: Sequence[Batch] = ()
-    """To correct biases with; none where they stay."""
-    progress: Progress | None = None
-
-    def __call__(self, floats: Ops = frozenset()) -> Result:
-        the_plan = self.replan(floats) if self.replan and floats else self.plan
-        if not the_plan.adds_pairs:
-            return Result(insert(self.source, the_plan, NO_SCALES), the_plan, NO_SCALES)
-        scales = self.choose(the_plan)
-        result = Result(insert(self.source, the_plan, scales), the_plan, scales)
-        if not self.samples:
-            return result
-        done = correct_biases(self.source, the_plan, result.model, self.samples, self.progress)
-        if not done.shifts:
-            return replace(result, correction=done)
-        model = insert_pairs(self.source, the_plan, scales, VERSION, done.shifts)
-        return replace(result, model=model, correction=done)
-
-
-def _to_target(
-    make: _Maker,
-    target: Target,
-    some: Sequence[Batch],
-    seen: Sequence[Batch],
-    score: Score | None,
-    progress: Progress | None,
-) -> Result:
-    """The result with as many ops in float as the target takes, judged on the calibration samples."""
-    if make.replan is None:
-        raise QdqError("a target needs to plan again: give `replan`, or call quantize")
-    source = make.source
-    bare = replace(make, samples=())()
-    noises = measure(source, make.plan, bare.model, evenly(some, MEASURED), progress).ops
-
-    def reaches(floats: Ops) -> bool:
-        model = make(floats).model
-        found = compare_models(source.original, model, seen, "", None, custom_ops=source.custom_ops)
-        value = scored(score, model, source.custom_ops) if score else None
-        return target.is_reached(found.sqnr, found.agreement, value)
-
-    floats, mixed = keep_float(target, noises, reaches, sum(batch.samples for batch in seen))
-    return replace(make(floats), mixed=mixed)
-
-
-def _errors(make: _Maker, result: Result, some: Sequence[Batch]) -> tuple[TensorError, ...]:
-    """The errors of the ops: noted while biases were corrected, else along a walk."""
-    if result.correction and result.correction.kept:
-        return result.correction.errors
-    if not some or not result.plan.adds_pairs:
-        return ()
-    return trace(make.source, result.plan, result.model, evenly(some, MEASURED))
+def _ranges(
+    source: Model, statistics: Statistics | None, method: str, calibration_cache: str | Path | None
+) -> Callable[[Plan], Scales]:
+    """How scales are chosen for a plan."""
+    if calibration_cache is not None:
+        cache = read_cache(calibration_cache)
+        return lambda some_plan: scales_from_cache(source, some_plan, cache)
+    assert statistics is not None
+    known = statistics
+    return lambda some_plan: choose_scales(source, some_plan, known, DEFAULT_METHOD if method == AUTO else method)
 
 
 def _in_float16(result: Result, source: Model, split: Split, io: bool) -> Result:
@@ -443,11 +376,7 @@ def choose(model: Source, the_plan: Plan, statistics: Statistics, method: str = 
 def insert(model: Source, the_plan: Plan, scales: Scales) -> ModelProto:
     """A copy of the model with the planned pairs; the model as it was given where there are none."""
     source = load(model)
-    if the_plan.adds_pairs:
-        return insert_pairs(source, the_plan, scales, VERSION)
-    copy = ModelProto()
-    copy.CopyFrom(source.original)
-    return copy
+    return inserted(source, the_plan, scales) if the_plan.adds_pairs else unchanged(source)
 
 
 def compare(
@@ -518,7 +447,7 @@ def _warn(source: Model, statistics: Statistics, method: str | None) -> None:
 
 
 def _check_is_float(source: Model) -> None:
-    found = Counter(node.op_type for node in all_nodes(source.proto.graph) if is_integer_op(node))
+    found = Counter(node.op_type for node in every_node(source.proto) if is_integer_op(node))
     if found:
         ops = ", ".join(f"{number} {op}" for op, number in sorted(found.items()))
         raise ModelError(

@@ -71,10 +71,10 @@ class Scales:
 def tensors_to_calibrate(plan: Plan) -> tuple[str, ...]:
     """The activations whose statistics `choose_scales` needs: one for each run of data movement of unknown range."""
     chains = _Chains(plan)
-    known = {chains.tops[site.tensor] for site in plan.sites if site.is_in_model and not site.weight}
-    known |= {chains.tops[site.tensor] for site in plan.sites if site.range and not site.weight}
-    sites = (site for site in plan.sites if not site.weight and chains.tops[site.tensor] not in known)
-    return tuple(dict.fromkeys(chains.bases[site.tensor] for site in sites))
+    activations = [site for site in plan.sites if not site.weight]
+    known = {chains.tops[site.tensor] for site in activations if site.range}
+    unknown = (site for site in activations if not site.is_in_model and chains.tops[site.tensor] not in known)
+    return tuple(dict.fromkeys(chains.bases[site.tensor] for site in unknown))
 
 
 def every_activation(plan: Plan) -> tuple[str, ...]:
@@ -85,16 +85,17 @@ def every_activation(plan: Plan) -> tuple[str, ...]:
 def choose_scales(model: Model, plan: Plan, statistics: Statistics, method: str = DEFAULT_METHOD) -> Scales:
     """Choose a scale for every site of the plan.
 
-    Raises PlanError where the statistics are of another model or lack a tensor, DataError where a tensor never held
-    a finite value, ModelError where a weight holds NaN or infinity.
+    What reads a tensor that never held a value goes back to float. Raises PlanError where the statistics are of
+    another model or lack a tensor, DataError where a tensor held nothing but NaN and infinity, ModelError where a
+    weight holds one of these.
     """
     check_plan(model, plan)
     if statistics.model_digest != model.digest:
         raise PlanError("the statistics belong to another model: calibrate this one")
     threshold = range_method(method)
-    idle = _never_run(model.graph, plan, statistics)
+    idle = _never_held(plan, statistics)
     groups = _Groups(plan, statistics, threshold, idle)
-    dropped = _edges_without_range(plan, idle) | _edges_out_of_reach(model, plan)
+    dropped = _edges_without_range(model.graph, plan, idle) | _edges_out_of_reach(model, plan)
     dropped |= dict(groups.drop_what_cannot_share())
     amax: dict[str, float] = groups.thresholds()
     values: dict[tuple[str, int | None], NDArray[Any]] = {}
@@ -113,20 +114,21 @@ def _scale(graph: Graph, site: Site, amax: Mapping[str, float]) -> NDArray[Any]:
     return to_scale(limits, graph.element_type(site.tensor) or TensorProto.FLOAT)
 
 
-def _never_run(graph: Graph, plan: Plan, statistics: Statistics) -> frozenset[str]:
-    """The tensors inside control-flow bodies that calibration never reached."""
-    return frozenset(
-        name
-        for name in tensors_to_calibrate(plan)
-        if graph.home(name)[0] and name in statistics.tensors and statistics.tensors[name].is_empty
-    )
+def _never_held(plan: Plan, statistics: Statistics) -> frozenset[str]:
+    """The tensors without a single value: in control-flow bodies that calibration never reached, or always empty."""
+    tensors = statistics.tensors
+    return frozenset(name for name in tensors_to_calibrate(plan) if name in tensors and tensors[name].is_empty)
 
 
-def _edges_without_range(plan: Plan, idle: frozenset[str]) -> dict[Edge, str]:
+def _edges_without_range(graph: Graph, plan: Plan, idle: frozenset[str]) -> dict[Edge, str]:
     """The edges that stay float for want of a range, with all others of the same nodes: none is half quantized."""
     bases = _Chains(plan).bases
-    edges = (read.edge for site in plan.sites if bases.get(site.tensor) in idle for read in site.added)
-    return _whole_nodes(plan, edges, "calibration never ran this part of the graph")
+    reads = [(base, read) for site in plan.sites if (base := bases.get(site.tensor)) in idle for read in site.added]
+    skipped = (read.edge for base, read in reads if base and graph.home(base)[0])
+    empty = (read.edge for base, read in reads if base and not graph.home(base)[0])
+    return _whole_nodes(plan, empty, "what it reads was empty in every calibration sample") | _whole_nodes(
+        plan, skipped, "calibration never ran this part of the graph"
+    )
 
 
 def _edges_out_of_reach(model: Model, plan: Plan) -> dict[Edge, str]:

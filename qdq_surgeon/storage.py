@@ -6,8 +6,10 @@ import contextlib
 import os
 import secrets
 import shutil
+import signal
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,12 +37,15 @@ def read_model(path: Path) -> ModelProto:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:
         raise ModelError(f"{path} is not a whole ONNX file ({one_line(error)}): export or download it again") from error
-    folder = Path(os.path.abspath(path)).parent  # noqa: PTH100 - a link to the model keeps its own folder
+    for text in _texts(proto):
+        if not isinstance(text, str):
+            raise ModelError(f"{path} is not a whole ONNX file ({text!r} is no text): export or download it again")
+    here = Path(os.path.abspath(path))  # noqa: PTH100 - a link to the model keeps its own folder
     try:
         for tensor in filter(weights.is_outside, _inner_tensors(proto)):
-            weights.settle(tensor, folder, keep_outside=False)
+            weights.settle(tensor, here, keep_outside=False)
         for tensor in filter(weights.is_outside, proto.graph.initializer):
-            weights.settle(tensor, folder, keep_outside=True)
+            weights.settle(tensor, here, keep_outside=True)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
     return proto
@@ -50,20 +55,18 @@ def save(proto: ModelProto, path: str | os.PathLike[str], external_data: bool | 
     """Write a model atomically: whole or not at all.
 
     `external_data` puts the weights into `<name>.data` beside it (None: where one file cannot hold the model).
-    Raises ModelError where the files cannot be written, or where that would overwrite the weights of the input.
+    Raises ModelError where the files cannot be written, or where that would overwrite the weights of another model.
     """
-    target = Path(os.path.realpath(path))
+    target = Path(path)
     outside = data_file(proto, target, external_data)
     if outside is None:
         write_atomically(target, _bytes(with_weights(proto), target))
         return
-    with _replacing(target) as model_file, _replacing(outside) as file:
+    with _replacing(target, outside) as (model_file, file):
         data = _DataFile(file, outside.name)
         bare = without_weights(proto)
         bare.graph.initializer.extend(map(data.put, proto.graph.initializer))
         model_file.write(_bytes(bare, target))
-        model_file.flush()
-        file.flush()
 
 
 def data_file(proto: ModelProto, path: Path, external_data: bool | None = None) -> Path | None:
@@ -71,29 +74,38 @@ def data_file(proto: ModelProto, path: Path, external_data: bool | None = None) 
 
     Raises ModelError where that is impossible.
     """
-    target = Path(os.path.realpath(path))
     too_big = total_size(proto) >= LIMIT
-    sources = {weights.place(tensor).file.resolve() for tensor in filter(weights.is_outside, proto.graph.initializer)}
-    outside = target.with_name(f"{target.name}.data")
     if too_big and external_data is False:
         raise ModelError(f"{path}: the model exceeds 2 GB, which one ONNX file cannot hold: allow external data")
-    needs = external_data or too_big
-    shown = Path(path)
-    for file in (shown, shown.with_name(outside.name)) if needs else (shown,):
-        if any(is_same(file, source) for source in sources):
-            raise ModelError(f"{file} holds the weights of the input, which is never overwritten: name another output")
-    if not needs:
-        return None
-    if target.exists() and not target.is_file():
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    outside = target.with_name(f"{target.name}.data") if external_data or too_big else None
+    files = (target, outside) if outside else (target,)
+    spare_weights(*files)
+    for source in {weights.place(tensor).file for tensor in filter(weights.is_outside, proto.graph.initializer)}:
+        _spare(source, files)
+    if outside and target.exists() and not target.is_file():
         raise ModelError(f"{path} is no ordinary file, and the weights need a file beside it: name another output")
     return outside
 
 
+def spare_weights(*files: Path) -> None:
+    """Raise ModelError where one of these files holds weights of a model that was read, and that is not among them."""
+    for source, models in weights.owners().items():
+        if not all(any(is_same(model, file) for file in files) for model in models):
+            _spare(source, files)
+
+
+def _spare(source: Path, files: Sequence[Path]) -> None:
+    for file in files:
+        if is_same(source, file):
+            raise ModelError(f"{file} holds the weights of the input, which is never overwritten: name another output")
+
+
 def write_atomically(target: Path, data: bytes) -> None:
     """Write `data` beside `target` and move it into place. Raises ModelError where the folder refuses."""
-    with _replacing(target) as file:
+    spare_weights(target)
+    with _replacing(target) as (file,):
         file.write(data)
-        file.flush()
 
 
 def is_same(left: Path, right: Path) -> bool:
@@ -229,21 +241,60 @@ def _bytes(proto: ModelProto, path: Path) -> bytes:
 
 
 @contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `target` where the block ends well, and is gone where it does not."""
-    target = Path(os.path.realpath(target))  # behind a link stands what is meant
-    special = target.exists() and not target.is_file()  # a pipe, a terminal: nothing to replace
-    written = target if special else target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+def _replacing(*targets: Path) -> Iterator[Sequence[BinaryIO]]:
+    """Files that take the places of the targets where the block ends well, and are gone where it does not."""
+    real = [Path(os.path.realpath(target)) for target in targets]  # behind a link stands what is meant
+    ordinary = [target for target in real if target.is_file() or not target.exists()]  # no pipe, no terminal
+    drafts = {target: target.with_name(f".{target.name}.{secrets.token_hex(4)}") for target in ordinary}
     try:
-        with written.open("wb" if special else "xb") as file:
-            yield file
-        if not special:
-            written.replace(target)
+        with contextlib.ExitStack() as opened:
+            files = [
+                opened.enter_context(drafts[target].open("xb") if target in drafts else target.open("wb"))
+                for target in real
+            ]
+            yield files
+            for file in files:
+                file.flush()
+            for file in files if drafts else ():
+                os.fsync(file.fileno())
+        with _signals_held():
+            _move(drafts)
     except OSError as error:
-        raise ModelError(f"{target} cannot be written: {error.strerror or error}") from error
+        raise ModelError(f"{targets[0]} cannot be written: {error.strerror or error}") from error
     finally:
-        if not special:
-            written.unlink(missing_ok=True)
+        for draft in drafts.values():
+            draft.unlink(missing_ok=True)
+
+
+def _move(drafts: dict[Path, Path]) -> None:
+    """Put drafts in the places of their targets, the first one last: what it refers to is there before it.
+
+    Raises ModelError where another run has put its own there meanwhile.
+    """
+    ours = {target: draft.stat() for target, draft in drafts.items()}
+    for target, draft in reversed(drafts.items()):
+        draft.replace(target)
+    for target in list(drafts)[1:]:
+        if not os.path.samestat(target.stat(), ours[target]):
+            raise ModelError(f"another run wrote {target} at the same time, now perhaps beside our model: run it again")
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait for the end of the block."""
+    if threading.current_thread() is not threading.main_thread():  # no other thread answers signals
+        yield
+        return
+    came: list[int] = []
+    held = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not None]
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in held}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for late in came:
+            signal.raise_signal(late)
 
 
 def _copy(source: Any, target: Any, but: str) -> None:
@@ -257,6 +308,20 @@ def _copy(source: Any, target: Any, but: str) -> None:
             getattr(target, field.name).extend(value)
         else:
             setattr(target, field.name, value)
+
+
+def _texts(message: Any) -> Iterator[str | bytes]:
+    """Names and other texts of a message; what is no UTF-8 comes as bytes. The data of tensors are not touched."""
+    if isinstance(message, TensorProto):
+        yield from (message.name, *(entry.value for entry in message.external_data))
+        return
+    for field, value in message.ListFields():
+        items = value if hasattr(value, "append") else (value,)
+        if field.type == field.TYPE_STRING:
+            yield from items
+        elif field.type == field.TYPE_MESSAGE:
+            for item in items:
+                yield from _texts(item)
 
 
 def _inner_tensors(proto: ModelProto) -> Iterator[TensorProto]:

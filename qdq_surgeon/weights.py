@@ -7,7 +7,8 @@ was read from, so that it can be read wherever its ModelProto goes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -27,6 +28,7 @@ _NATIVE = frozenset("biufc")  # what NumPy itself can map
 
 _folders: set[Path] = set()
 """The folders of the models read so far: a model made up in memory may not point anywhere else."""
+_owners: dict[Path, set[Path]] = {}
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,20 @@ def place(tensor: TensorProto) -> Place:
     return _checked(tensor, entries, folder)
 
 
-def settle(tensor: TensorProto, folder: Path, keep_outside: bool) -> None:
-    """Let a tensor that was just read know its folder, or read it where it is small or must lie in the model.
+def owners() -> Mapping[Path, set[Path]]:
+    """The files of weights that were read so far, each with the models that they belong to."""
+    return _owners
+
+
+def settle(tensor: TensorProto, model: Path, keep_outside: bool) -> None:
+    """Let a tensor of a model that was just read know its folder; read it where it is small or must lie in the model.
 
     Raises ModelError where its file is missing or outside the folder, or its bytes are not all in the file.
     """
+    folder = model.parent
     found = _checked(tensor, _entries(tensor), folder)
     _folders.add(folder)
+    _owners.setdefault(found.file, set()).add(model)
     location = found.file.relative_to(folder).as_posix()
     refer(tensor, location, found.offset, found.length, folder)
     if found.length <= SMALL or not keep_outside:
@@ -141,13 +150,13 @@ def _checked(tensor: TensorProto, entries: dict[str, str], folder: Path) -> Plac
     if not location or _leaves(location):
         raise ModelError(f"{what} lie outside the model's folder, where nothing is read")
     file = folder / location
-    if not file.exists():
-        raise ModelError(f"its external data is missing: {file} (tensor '{tensor.name}')")
-    if not file.resolve().is_relative_to(folder.resolve()):
-        raise ModelError(f"{what} lead out of the model's folder through a link: put the file itself there")
-    if not file.is_file():
-        raise ModelError(f"{what} are no file")
-    needed, available = size(tensor), file.stat().st_size
+    try:
+        available = _size_of(file, folder, what)
+    except FileNotFoundError:
+        raise ModelError(f"its external data is missing: {file} (tensor '{tensor.name}')") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{what} cannot be read: {getattr(error, 'strerror', '') or error}") from error
+    needed = size(tensor)
     try:
         offset, length = int(entries.get("offset") or 0), int(entries.get("length") or needed)
     except ValueError:
@@ -157,6 +166,18 @@ def _checked(tensor: TensorProto, entries: dict[str, str], folder: Path) -> Plac
     if offset < 0 or offset + length > available:
         raise ModelError(f"{what} should be {length} bytes from byte {offset} on, but the file has {available}")
     return Place(file, offset, length)
+
+
+def _size_of(file: Path, folder: Path, what: str) -> int:
+    """The bytes of a file in the folder. Raises ModelError for what is no file, or leads out of the folder."""
+    if not Path(os.path.realpath(file, strict=True)).is_relative_to(os.path.realpath(folder)):
+        raise ModelError(
+            f"{what} lead out of the model's folder through a link: put the file itself there "
+            f"(cp -rL {folder} COPY makes a folder without links, as a Hugging Face cache needs)"
+        )
+    if not file.is_file():
+        raise ModelError(f"{what} are no file")
+    return file.stat().st_size
 
 
 def _leaves(location: str) -> bool:

@@ -170,6 +170,98 @@ def test_a_branch_that_no_sample_takes_stays_float_as_a_whole(caplog):
     onnx.checker.check_model(result.model, full_check=True)
 
 
+CAPTURED = {
+    "a sequence that branches take from": """g (float[N,32] x, bool c) => (float[N,16] y)
+            <float[16,16] w, int64 one = {1}, int64 none = {0}, int64 half = {16}> {
+        s = SplitToSequence<axis=1>(x, half)
+        y = If (c) <
+            then_branch = yes () => (float[N,16] e) { a = SequenceAt(s, none) e = MatMul(a, w) },
+            else_branch = no () => (float[N,16] f) { b = SequenceAt(s, one) f = MatMul(b, w) }
+        >
+    }""",
+    "a sequence that lives on behind an If": """g (float[N,32] x, bool c) => (float[N,16] y)
+            <float[16,16] w, int64 one = {1}, int64 none = {0}, int64 half = {16}> {
+        s = SplitToSequence<axis=1>(x, half)
+        a = SequenceAt(s, none)
+        t = If (c) <
+            then_branch = yes () => (float[N,16] e) { e = MatMul(a, w) },
+            else_branch = no () => (float[N,16] f) { f = Relu(a) }
+        >
+        b = SequenceAt(s, one)
+        y = Add(t, b)
+    }""",
+    "a sequence of constants": """g (float[N,16] x, bool c) => (float[N,16] y)
+            <float[16,16] w, float[32,16] v, int64 none = {0}, int64 half = {16}> {
+        s = SplitToSequence<axis=0>(v, half)
+        y = If (c) <
+            then_branch = yes () => (float[N,16] e) { a = SequenceAt(s, none) k = MatMul(x, a) e = MatMul(k, w) },
+            else_branch = no () => (float[N,16] f) { f = Relu(x) }
+        >
+    }""",
+    "a sequence that a Loop carries": """g (float[N,16] x, bool c) => (float[M,16] y)
+            <float[16,16] w, int64 trips = {3}> {
+        empty = SequenceEmpty<dtype=1>()
+        s = Loop (trips, c, empty) <
+            body = step (int64 i, bool on, seq(float[N,16]) before) => (bool still, seq(float[N,16]) after) {
+                still = Identity(on)
+                m = MatMul(x, w)
+                after = SequenceInsert(before, m)
+            }
+        >
+        all = SequenceInsert(s, x)
+        y = ConcatFromSequence<axis=0>(all)
+    }""",
+    "an optional tensor": """g (float[N,16] x, bool c) => (float[N,16] y) <float[16,16] w> {
+        o = Optional(x)
+        y = If (c) <
+            then_branch = yes () => (float[N,16] e) { k = OptionalGetElement(o) e = MatMul(k, w) },
+            else_branch = no () => (float[N,16] f) { f = Identity(x) }
+        >
+    }""",
+}
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "in many stages"])
+@pytest.mark.parametrize("text", CAPTURED.values(), ids=CAPTURED)
+def test_sequences_and_optional_values_go_into_bodies_and_past_them(text, cut, monkeypatch):
+    proto = seeded(text)
+    proto.opset_import[0].version = 18
+    if cut:
+        monkeypatch.setattr("qdq_surgeon.calibration.taps.RUN_BYTES", 1)
+    width = 32 if "float[N,32] x" in text else 16
+    draw = np.random.default_rng(0).standard_normal
+    samples = [{"x": draw((30, width)).astype(np.float32), "c": np.array(bool(index % 2))} for index in range(8)]
+    result = qdq_surgeon.quantize(proto, samples)
+    assert result.comparison.sqnr > 25
+    assert not result.scales.dropped
+    assert strip_pairs(result.model) == proto
+    for sample in samples[:2]:
+        assert_same_run(proto, sample, [site.tensor for site in result.plan.sites if not site.weight])
+
+
+def test_sequences_and_optional_tensors_as_inputs_are_calibrated():
+    text = """g (seq(float[A,16]) s, optional(float[B,16]) o) => (float[C,16] y)
+            <float[16,16] w, float[16,16] v, int64 none = {0}> {
+        a = SequenceAt(s, none)
+        m = MatMul(a, w)
+        h = OptionalHasElement(o)
+        y = If (h) <
+            then_branch = yes () => (float[D,16] e) { k = OptionalGetElement(o) e = MatMul(k, v) },
+            else_branch = no () => (float[E,16] f) { r = Relu(m) f = MatMul(r, v) }
+        >
+    }"""
+    proto = seeded(text)
+    proto.opset_import[0].version = 18
+    draw = lambda rows: np.random.default_rng(rows).standard_normal((rows, 16)).astype(np.float32)  # noqa: E731
+    samples = [{"s": [draw(n), draw(9)], "o": draw(2 * n) if n % 2 else None} for n in range(1, 21)]
+    statistics = qdq_surgeon.calibrate(proto, qdq_surgeon.plan(proto), samples).tensors
+    assert_measured(statistics["a"], [sample["s"][0] for sample in samples])
+    assert_measured(statistics["y.then_branch/k"], [sample["o"] for sample in samples if sample["o"] is not None])
+    result = qdq_surgeon.quantize(proto, samples)
+    assert result.comparison.sqnr > 25
+    assert strip_pairs(result.model) == proto
+
+
 def test_equal_names_in_two_branches_are_two_tensors():
     tensors = {site.tensor for site in qdq_surgeon.plan(model(NESTED)).sites}
     assert "y.else_branch/t" in tensors

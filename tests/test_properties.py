@@ -295,10 +295,52 @@ def loop(draft, x):
     return draft.node("Loop", [trips, go, x], draft.shapes[x], body=body)
 
 
-OF_ANY_RANK = (pointwise, pointwise, residual, concat, split, cut, transpose, reshape, branch, loop)
+def scan(draft, x):
+    """Row by row along axis 1."""
+    rows, *shape = draft.shapes[x]
+    inner = Draft(draft.draw, draft)
+    row = draft.fresh()
+    inner.shapes[row] = tuple(shape)
+    made = draft.pick(pointwise, residual)(inner, same(inner, row))
+    body = inner.body("body", made, [helper.make_tensor_value_info(row, TensorProto.FLOAT, ["N", *shape])])
+    axes = {"scan_input_axes": [1], "scan_output_axes": [1]}
+    return draft.node("Scan", [x], (rows, *shape), body=body, num_scan_inputs=1, **axes)
+
+
+def sequence(draft, x):
+    """One half of a tensor, which an If may take out of a sequence that it captures."""
+    size, *rest = draft.shapes[x]
+    if size % 2:
+        return pointwise(draft, x)
+    halves, shape = draft.fresh(), (size // 2, *rest)
+    sizes = draft.constant([size // 2] * 2, np.int64)
+    draft.nodes.append(helper.make_node("SplitToSequence", [x, sizes], [halves], axis=1))
+    if draft.pick(True, False):
+        return draft.node("SequenceAt", [halves, draft.constant(draft.pick(0, 1), np.int64)], shape)
+    if not draft.flags:
+        draft.flags.append(draft.fresh())
+    bodies = {}
+    for index, name in enumerate(("then_branch", "else_branch")):
+        inner = Draft(draft.draw, draft)
+        half = inner.node("SequenceAt", [halves, inner.constant(index, np.int64)], shape)
+        bodies[name] = inner.body(name, same(inner, half))
+    return draft.node("If", draft.flags[:1], shape, **bodies)
+
+
+def own_function(draft, x):
+    return draft.node("Swish", [x], draft.shapes[x], domain=OWN)
+
+
+OWN = "own"
+SWISH = [helper.make_node("Sigmoid", ["p"], ["k"]), helper.make_node("Mul", ["p", "k"], ["r"])]
+
+OF_ANY_RANK = (
+    *(pointwise, pointwise, residual, concat, split, cut, transpose, reshape),
+    *(branch, loop, sequence, own_function),
+)
 OF_RANK = {
     3: (conv, conv, conv, batch_norm, pool, pool, resize, pad),
-    2: (matmul, matmul, matmul_left, attention, softmax),
+    2: (matmul, matmul, matmul_left, attention, softmax, scan),
     1: (gemm, gemm, matmul, softmax),
 }
 
@@ -327,7 +369,9 @@ def models(draw):
     inputs += [helper.make_tensor_value_info(flag, TensorProto.BOOL, []) for flag in draft.flags]
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", *draft.shapes[name]]) for name in results]
     graph = helper.make_graph(draft.nodes, "g", inputs, outputs, draft.initializers)
-    proto = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", opset)])
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid(OWN, 1)]
+    swish = helper.make_function(OWN, "Swish", ["p"], ["r"], SWISH, imports[:1])
+    proto = helper.make_model(graph, ir_version=8, opset_imports=imports, functions=[swish])
     onnx.checker.check_model(proto, full_check=True)
     return proto
 
@@ -406,9 +450,12 @@ OPS = {
     "Reshape": lambda x, shape: x.reshape(len(x), *shape[1:]),
     "Resize": lambda x, _, scales, **how: x.repeat(int(scales[2]), 2).repeat(int(scales[3]), 3),
     "Sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "SequenceAt": lambda parts, index: parts[int(index)],
     "Slice": lambda x, start, stop, axis: np.take(x, range(*start, *stop), int(axis[0])),
     "Softmax": by_softmax,
     "Split": by_split,
+    "SplitToSequence": lambda x, sizes, *, axis: [by_split(x, sizes, axis=axis)],
+    "Swish": lambda x: x / (1 + np.exp(-x)),
     "Transpose": lambda x, *, perm: x.transpose(perm),
 }
 
@@ -428,6 +475,10 @@ def evaluate(graph, known, read, scope=()):
             made = inside(node, attributes[name], name, known, read, scope)
         elif node.op_type == "Loop":
             made = looped(node, attributes["body"], inputs, known, read, scope)
+        elif node.op_type == "Scan":
+            rows = [{attributes["body"].input[0].name: row} for row in np.moveaxis(inputs[0], 1, 0)]
+            steps = [inside(node, attributes["body"], "body", known | row, read, scope)[0] for row in rows]
+            made = np.stack(steps, 1)
         else:
             if "value" in attributes:
                 attributes["value"] = double(numpy_helper.to_array(attributes["value"]))
@@ -617,6 +668,8 @@ def test_max_puts_the_largest_value_at_127(proto):
     largest = {}
 
     def record(scope, node, slot, value):
+        if isinstance(value, list):
+            return value
         seen = largest.get((scope, node.output[0], slot), 0)
         largest[scope, node.output[0], slot] = np.maximum(seen, np.abs(value).max())
         return value

@@ -19,6 +19,8 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+PROGRAM = next(block for block in blocks("python") if not block.startswith("# "))
+SCRIPTS = [block for block in blocks("python") if block.startswith("# ")]
 COMMANDS = [line for block in blocks("console") for line in block.splitlines() if line]
 
 
@@ -30,7 +32,7 @@ def clone(tmp_path_factory):
     shutil.copytree(models, folder / "tests" / "models")
     shutil.copy(models / "digits.onnx", folder / "model.onnx")
     shutil.copy(models / "digits_calibration.npz", folder / "calibration.npz")
-    for block in blocks("toml"):
+    for block in (*blocks("toml"), *SCRIPTS):
         name = block.split(maxsplit=2)[1]
         (folder / name).write_text(block, encoding="utf-8")
     save_images(folder / "images")
@@ -79,15 +81,20 @@ def test_the_story_of_one_node_is_the_one_in_the_readme(clone):
     assert story.startswith(blocks("text")[1])
 
 
+def test_a_target_keeps_in_float_what_the_readme_shows(clone):
+    command = next(command for command in COMMANDS if "--target-sqnr" in command)
+    assert run(command, clone).stdout.splitlines()[2:4] == blocks("text")[2].splitlines()
+
+
 def test_the_audit_says_what_the_readme_shows(clone):
     needs_engines()
     run(COMMANDS[0], clone)
     printed = run("qdq-surgeon audit digits.qdq.onnx --no-float", clone).stdout.splitlines()
-    assert printed[1:4] == blocks("text")[2].splitlines()[1:]
+    assert printed[1:4] == blocks("text")[3].splitlines()[1:]
 
 
 def test_the_program_runs(clone):
-    done = subprocess.run([sys.executable, "-c", blocks("python")[0]], cwd=clone, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=clone, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (clone / "digits.qdq.onnx").exists()
 

@@ -274,6 +274,34 @@ def test_a_tensor_that_was_never_finite_is_refused():
         chosen(model(CONV), x=[np.nan, np.inf])
 
 
+def test_what_reads_a_tensor_that_was_always_empty_stays_float():
+    proto = model(
+        "g (float[N,32] x) => (y, z) <float[32,32] w, float[32,32] v> { y = MatMul(x, w)\n z = MatMul(y, v) }"
+    )
+    plan = qdq_surgeon.plan(proto)
+    scales = qdq_surgeon.choose(proto, plan, statistics(proto, plan, x=[], y=[2.0]), "max")
+    assert {str(edge): reason for edge, reason in scales.dropped.items()} == {
+        "MatMul y[0]": "what it reads was empty in every calibration sample",
+        "MatMul y[1]": "what it reads was empty in every calibration sample",
+    }
+    assert {site.tensor for site in scales.sites(plan)} == {"y", "v"}
+    assert scales.values["y", None] == np.float32(2 / 127)
+
+
+def test_a_detector_that_found_nothing_is_quantized_without_what_reads_its_findings():
+    proto = model("""g (float[N,32] x) => (y, z) <float[32,32] w, float[32,32] v, float lim = {1000}> {
+        m = ReduceMax<axes=[1], keepdims=0>(x)
+        found = Greater(m, lim)
+        k = Compress<axis=0>(x, found)
+        y = MatMul(k, w)
+        z = MatMul(x, v)
+    }""")
+    result = qdq_surgeon.quantize(proto, {"x": np.random.default_rng(0).standard_normal((8, 32)).astype(np.float32)})
+    inputs = {node.output[0]: list(node.input) for node in result.model.graph.node}
+    assert inputs["y"] == ["k", "w"]
+    assert inputs["z"] == ["x_dequantized", "v_dequantized"]
+
+
 def test_an_unknown_method_is_refused():
     proto = model(CONV)
     plan = qdq_surgeon.plan(proto)

@@ -47,6 +47,8 @@ INPUT, BATCH, POOL = "x", 8, 4
 """The name that make_networks.py gives the input; samples in a batch; batches made, which take turns."""
 FLOOR = "floor"
 METHODS = ("max", "mse", "entropy", "percentile:99.99")
+WHOLE_LINE = "default line"
+"""A side of ours beside the methods: mse, insertion and bias correction, which is what quantize does by default."""
 PEERS = {"onnxruntime": ("MinMax", "Entropy", "Percentile"), "modelopt": ("max", "entropy")}
 MEMORY_SAMPLES = 512
 MEMORY_TARGET = 384
@@ -146,6 +148,8 @@ def ours(job: Job, method: str) -> Callable[[], object]:
     import qdq_surgeon.pipeline
 
     feeds = job.feeds
+    if method == WHOLE_LINE:
+        return lambda: qdq_surgeon.quantize(job.model, feeds, samples=job.samples, compare=False)
 
     def run() -> object:
         model = qdq_surgeon.load(job.model)
@@ -491,7 +495,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where make_networks.py --dynamic-batch put the models")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="default: all three")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="our range methods (default: all four)")
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, WHOLE_LINE], help="our sides (default: all)")
     parser.add_argument("--no-peers", action="store_true", help="leave onnxruntime's calibrators and ModelOpt out")
     parser.add_argument("--repeats", type=int, default=5, help="how many rounds are run (default: 5)")
     parser.add_argument("--samples", type=int, default=64, help="samples in a whole job (default: 64)")

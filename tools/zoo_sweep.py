@@ -178,13 +178,18 @@ SOUNDS: Mapping[str, tuple[str, Callable[[Path, Path], Iterator[Feed]]]] = {
 
 @dataclass
 class Row:
-    """What became of one model. `steps` holds the outcome of each step that was reached."""
+    """What became of one model. `steps` holds the outcome of each step that was reached.
+
+    `sqnr` is that of the default line, `plain` that without bias correction, in dB.
+    """
 
     file: str
     group: str
     data: str = ""
     pairs: int = 0
     sqnr: float | None = None
+    plain: float | None = None
+    verdict: str = ""
     seconds: float = 0.0
     steps: dict[str, str] = field(default_factory=dict)
     refused: str = ""
@@ -228,14 +233,16 @@ class _Sweep:
         batches, self.row.data = model_data(self.path, self.model, self.shapes)
         enough = len(batches) >= 8
         self.measuring = batches[3::4] if enough else batches
-        calibrating = [batch for index, batch in enumerate(batches) if index % 4 != 3 or not enough]
-        self.statistics = qdq_surgeon.calibrate(self.model, self.plan, _feeds(calibrating))
+        self.calibrating = _feeds(batch for index, batch in enumerate(batches) if index % 4 != 3 or not enough)
+        self.statistics = qdq_surgeon.calibrate(self.model, self.plan, self.calibrating)
         return "ok"
 
     def _insert(self) -> str:
         scales = qdq_surgeon.choose(self.model, self.plan, self.statistics)
-        self.quantized = qdq_surgeon.insert(self.model, self.plan, scales)
+        self.plain = qdq_surgeon.insert(self.model, self.plan, scales)
         self.row.pairs = len(list(scales.sites(self.plan)))
+        result = qdq_surgeon.apply(self.model, self.plan, self.calibrating, statistics=self.statistics, compare=False)
+        self.quantized = result.model
         return "ok"
 
     def _check(self) -> str:
@@ -250,6 +257,8 @@ class _Sweep:
         feeds = _feeds(self.measuring)
         comparison = qdq_surgeon.compare(self.model, self.quantized, feeds)
         self.row.sqnr = comparison.sqnr
+        self.row.plain = qdq_surgeon.compare(self.model, self.plain, feeds).sqnr
+        self.row.verdict = comparison.verdict
         if self.tensors and self.row.group == "trained" and comparison.sqnr < POOR:
             lost = losses(self.model, self.quantized, self.measuring[:4])
             self.row.losses = [str(loss) for loss in lost[:8]]
@@ -459,6 +468,7 @@ def _report(rows: list[Row]) -> Iterator[str]:
     yield from _listed("refused", {row.file: row.refused for row in rows if row.refused})
     idle = [row.file for row in rows if row.steps.get("plan") == "nothing to do"]
     yield from _listed("nothing to quantize", dict.fromkeys(idle, ""))
+    yield from _listed("verdicts", {row.file: row.verdict for row in rows if row.verdict})
     yield from _listed("where the accuracy goes", {row.file: "\n    ".join(row.losses) for row in rows if row.losses})
     broken = {row.file: row.traceback for row in rows if row.traceback}
     yield from _listed("TRACEBACKS", broken)
@@ -471,11 +481,20 @@ def _table(group: str, rows: list[Row]) -> Iterator[str]:
     if not rows:
         return
     yield f"\n## {group}\n"
-    yield "| model | SQNR, dB | pairs | data | check | engine | s |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| model | SQNR, dB | without correction | pairs | data | check | engine | s |"
+    yield "|---|---|---|---|---|---|---|---|"
     for row in sorted(rows, key=lambda row: row.sqnr or 0.0):
         check, engine = row.steps.get("check", "-"), row.steps.get("engine", "-")
-        cells = (row.file, f"{row.sqnr:.1f}", row.pairs, row.data, check, engine, f"{row.seconds:.0f}")
+        cells = (
+            row.file,
+            f"{row.sqnr:.1f}",
+            f"{row.plain:.1f}",
+            row.pairs,
+            row.data,
+            check,
+            engine,
+            f"{row.seconds:.0f}",
+        )
         yield f"| {' | '.join(map(str, cells))} |"
 
 

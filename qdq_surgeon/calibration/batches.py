@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import helper
+from onnx import ValueInfoProto, helper
 
 from ..errors import DataError, nearest
 from ..graph import tensor_type
@@ -17,14 +17,21 @@ from ..model import Model
 
 log = logging.getLogger("qdq_surgeon")
 
+TENSOR, SEQUENCE, OPTIONAL = "a tensor", "a sequence", "optional"
+KINDS = {"tensor_type": TENSOR, "sequence_type": SEQUENCE, "optional_type": OPTIONAL}
+
+Value: TypeAlias = Any
+"""What one input is fed: an array; a list of arrays for a sequence; an array or None for an optional tensor."""
+
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """What the model declares of one input: NumPy type and dimensions (int, symbol or None)."""
+    """What the model declares of one input: NumPy type and dimensions (int, symbol or None), for a sequence each's."""
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int | str | None, ...] | None
+    kind: str = TENSOR
 
     @property
     def rank(self) -> int | None:
@@ -33,7 +40,8 @@ class Input:
     @property
     def is_open(self) -> bool:
         """True where the model takes any number of samples along axis 0."""
-        return self.shape is None or (len(self.shape) > 0 and not isinstance(self.shape[0], int))
+        sized = self.shape is not None and (not self.shape or isinstance(self.shape[0], int))
+        return self.kind == TENSOR and not sized
 
     @property
     def is_sized(self) -> bool:
@@ -69,7 +77,7 @@ class Input:
 class Batch:
     """One feed for the model, {input name: array}, and how many samples are in it."""
 
-    feed: dict[str, NDArray[Any]]
+    feed: dict[str, Value]
     samples: int
     along: frozenset[str] = frozenset()
     """The inputs whose axis 0 may be cut: those whose batch the model leaves open."""
@@ -80,11 +88,16 @@ class Batch:
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.feed.values())
+        return sum(array.nbytes for value in self.feed.values() for array in arrays_of(value))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the arrays; a sequence, and what is not there, has none."""
+        return {name: value.shape for name, value in self.feed.items() if isinstance(value, np.ndarray)}
 
     def copied(self) -> Batch:
         """The batch with arrays of its own: whoever gave an array may fill it anew for the next batch."""
-        return replace(self, feed={name: array.copy() for name, array in self.feed.items()})
+        return replace(self, feed={name: _copied(value) for name, value in self.feed.items()})
 
     def part(self, start: int, stop: int) -> Batch:
         """The samples from `start` to `stop`; the whole batch where the model does not allow to cut it."""
@@ -105,15 +118,46 @@ class Feeds:
     synthetic: bool = False
 
 
+def arrays_of(value: Value) -> list[NDArray[Any]]:
+    """The arrays that an input is fed: those of a sequence, none for an optional tensor that is not there."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _copied(value: Value) -> Value:
+    if value is None:
+        return None
+    return [array.copy() for array in value] if isinstance(value, list) else value.copy()
+
+
 def declared_inputs(model: Model) -> tuple[Input, ...]:
-    """The inputs to feed. Raises DataError for one that is not a tensor."""
-    inputs = []
-    for value in model.inputs:
-        element, shape = tensor_type(value)
-        if not element:
-            raise DataError(f"the input '{value.name}' is not a tensor: such models cannot be calibrated yet")
-        inputs.append(Input(value.name, np.dtype(helper.tensor_dtype_to_np_dtype(element)), shape))
-    return tuple(inputs)
+    """The inputs to feed. Raises DataError for one that is neither a tensor, nor a sequence of some, nor optional."""
+    return tuple(map(_declared, model.inputs))
+
+
+def _declared(value: ValueInfoProto) -> Input:
+    which = value.type.WhichOneof("value")
+    kind = KINDS.get(which or "")
+    inner = value if kind in (TENSOR, None) else ValueInfoProto(type=getattr(value.type, which).elem_type)
+    element, shape = tensor_type(inner)
+    if kind is None or not element:
+        raise DataError(
+            f"the input '{value.name}' is no tensor, no sequence of tensors and no optional tensor: "
+            "such models cannot be calibrated"
+        )
+    return Input(value.name, np.dtype(helper.tensor_dtype_to_np_dtype(element)), shape, kind)
+
+
+def check_are_tensors(inputs: Iterable[Input]) -> None:
+    """Raise DataError for inputs that no file of arrays can feed."""
+    for declared in inputs:
+        if declared.kind != TENSOR:
+            give = "a list of arrays" if declared.kind == SEQUENCE else "an array or None"
+            raise DataError(
+                f"the input '{declared.name}' is {declared.kind}: give one mapping per sample, with {give} for it, "
+                "from a script (--data loader.py) or from Python"
+            )
 
 
 def only_input(inputs: tuple[Input, ...], source: str) -> Input:
@@ -165,15 +209,15 @@ def _to_array(value: Any) -> NDArray[Any]:
     return np.asarray(value)
 
 
-def make_batch(
-    feed: Mapping[str, NDArray[Any]], inputs: tuple[Input, ...], source: str, fixed: int | None = None
-) -> Batch:
+def make_batch(feed: Mapping[str, Value], inputs: tuple[Input, ...], source: str, fixed: int | None = None) -> Batch:
     """Check a feed that has all of the model's inputs, and give it the declared types.
 
-    It counts as `fixed` samples where the model leaves no batch open. Raises DataError for wrong shapes or types,
-    empty arrays, NaN, and numbers beyond the declared type.
+    It counts as `fixed` samples where the model leaves no batch open, and as one where an input is no tensor. Raises
+    DataError for wrong shapes or types, empty arrays, NaN, and numbers beyond the declared type.
     """
-    checked = {declared.name: _checked(feed[declared.name], declared, source) for declared in inputs}
+    checked = {declared.name: _checked_value(feed[declared.name], declared, source) for declared in inputs}
+    if any(declared.kind != TENSOR for declared in inputs):
+        return Batch(checked, 1)
     along = frozenset(declared.name for declared in inputs if declared.is_open)
     if not along:
         return Batch(checked, fixed or fixed_batch(inputs))
@@ -189,6 +233,14 @@ def fixed_batch(inputs: Iterable[Input]) -> int:
     sized = [declared for declared in inputs if declared.shape]
     sizes = [declared.batch or 1 for declared in sized if len(declared.shape or ()) > 1]
     return min(sizes or [declared.batch or 1 for declared in sized], default=1)
+
+
+def _checked_value(value: Value, declared: Input, source: str) -> Value:
+    if value is None:
+        return None
+    if isinstance(value, list):
+        return [_checked(array, declared, source) for array in value]
+    return _checked(value, declared, source)
 
 
 def _checked(array: NDArray[Any], declared: Input, source: str) -> NDArray[Any]:

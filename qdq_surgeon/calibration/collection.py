@@ -17,6 +17,7 @@ import numpy as np
 from ..bfloat16 import widened
 from ..errors import DataError
 from ..model import Model
+from .batches import arrays_of
 from .counting import Accumulator
 from .feeds import Batch, Feeds
 from .sessions import DEFAULT_PROVIDER, Progress
@@ -36,9 +37,9 @@ def fingerprint(batch: Batch) -> int:
 def _sha256(batch: Batch) -> bytes:
     digest = hashlib.sha256()
     for name in sorted(batch.feed):
-        array = np.ascontiguousarray(batch.feed[name])
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
+        for array in map(np.ascontiguousarray, arrays_of(batch.feed[name])):
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.digest()
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from ..errors import DataError
 from ..model import Model
 from .arrays import SUFFIXES, open_arrays
-from .batches import Batch, Feeds, Input, check_names, declared_inputs, only_input, to_array
+from .batches import Batch, Feeds, Input, check_are_tensors, check_names, declared_inputs, only_input, to_array
 from .cutting import DYNAMIC_BATCH, ENOUGH_SAMPLES, HELD_OUT_EVERY, InMemory, cut, with_batch_axis
 from .images import is_image, read_images, walk
 from .preprocessing import STATE_PREPROCESSING, Preprocessing
@@ -62,12 +62,16 @@ def read_data(data: Data, model: Model, preprocessing: Preprocessing | None = No
     inputs = declared_inputs(model)
     if isinstance(data, str | os.PathLike):
         path = Path(data)
-        return read_images(path, model, preprocessing) if preprocessing else _from_path(path, inputs)
+        if not preprocessing:
+            return _from_path(path, inputs)
+        check_are_tensors(inputs)
+        return read_images(path, model, preprocessing)
     if preprocessing:
         raise DataError("preprocessing is for folders of images: arrays are taken as they are, so leave it out")
     if isinstance(data, Mapping):
         return _from_arrays(data, inputs, "the arrays given")
     if is_array(data):
+        check_are_tensors(inputs)
         return _from_arrays({only_input(inputs, "an array").name: data}, inputs, "the array given")
     if isinstance(data, Iterable):
         return Feeds(stream(data, inputs), "the batches given")
@@ -82,6 +86,7 @@ def default_data(model: Model, shapes: Shapes | None = None, runs: Trial | None 
     `runs` tries a feed on the model; it serves to find sizes for dimensions that nothing states.
     """
     inputs = declared_inputs(model)
+    check_are_tensors(inputs)
     folder = model.path.parent if model.path else None
     if folder and (sets := test_sets(folder)):
         return read_test_sets(sets, inputs)
@@ -89,15 +94,17 @@ def default_data(model: Model, shapes: Shapes | None = None, runs: Trial | None 
 
 
 def _from_arrays(arrays: Mapping[str, Any], inputs: tuple[Input, ...], source: str) -> Feeds:
+    check_are_tensors(inputs)
     check_names(arrays, inputs, source)
     return cut({d.name: InMemory(to_array(arrays[d.name], d, source)) for d in inputs}, inputs, source)
 
 
 def _from_path(path: Path, inputs: tuple[Input, ...]) -> Feeds:
+    if script_file(path) and not path.is_dir():
+        return Feeds(stream(script_data(path), inputs, str(path)), str(path))
+    check_are_tensors(inputs)
     if path.is_dir():
         return _from_folder(path, inputs)
-    if script_file(path):
-        return Feeds(stream(script_data(path), inputs, str(path)), str(path))
     if not path.exists():
         raise DataError(f"{path}: no such data file")
     if is_image(path):

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, TypeProto, helper, numpy_helper
 
 from ..graph import Graph, Node, bodies, captured_edges
 from ..model import Model
@@ -35,14 +35,19 @@ class Runner(Protocol):
 Opener: TypeAlias = Callable[[Model, Sequence[str], Sequence[str], Batch], Runner]
 """Opens a model: the tensors to read, the results to give, the first feed."""
 
+TypeOf: TypeAlias = Callable[[str], TypeProto]
+"""The type of a tensor that a body captures."""
+
 
 class Flow:
     """One control-flow node, with the tensors inside its bodies that are to be read."""
 
-    def __init__(self, node: Node, graph: Graph, tensors: Sequence[str], opener: Opener) -> None:
+    def __init__(self, node: Node, graph: Graph, tensors: Sequence[str], opener: Opener, type_of: TypeOf) -> None:
         self._node = node
         self._graph = graph
-        self._bodies = {name: _Body(node, name, body, graph, tensors, opener) for name, body in bodies(node.proto)}
+        self._bodies = {
+            name: _Body(node, name, body, graph, tensors, opener, type_of) for name, body in bodies(node.proto)
+        }
         reads = dict.fromkeys((*node.inputs, *node.captured))
         self.inputs = tuple(name for name in reads if name and not graph.is_constant(name))
 
@@ -116,11 +121,18 @@ class _Body:
     """One body as a model of its own, whose inputs are its formal inputs and what it captures."""
 
     def __init__(
-        self, node: Node, name: str, body: onnx.GraphProto, graph: Graph, tensors: Sequence[str], opener: Opener
+        self,
+        node: Node,
+        name: str,
+        body: onnx.GraphProto,
+        graph: Graph,
+        tensors: Sequence[str],
+        opener: Opener,
+        type_of: TypeOf,
     ) -> None:
         path = f"{node.first_output}.{name}"
         captured = {tensor for tensor, edge in captured_edges(node.proto, ()) if edge.scope[0] == path}
-        self._model = _standalone(body, path, captured, graph)
+        self._model = _standalone(body, path, captured, graph, type_of)
         self._formal = [value.name for value in body.input]
         self._captured = [tensor for tensor in sorted(captured) if not graph.is_constant(tensor)]
         self._outputs = [value.name for value in body.output]
@@ -149,25 +161,23 @@ class _Body:
         return self._model.graph.value(name)
 
 
-def _standalone(body: onnx.GraphProto, path: str, captured: set[str], graph: Graph) -> Model:
+def _standalone(body: onnx.GraphProto, path: str, captured: set[str], graph: Graph, type_of: TypeOf) -> Model:
     """A body as a model. What it captures comes in as an input, or as an initializer where it is constant."""
     whole = graph.proto
     proto = ModelProto(ir_version=whole.ir_version, opset_import=whole.opset_import, functions=whole.functions)
     proto.graph.CopyFrom(body)
     del proto.graph.input[:]
     for value in body.input:
-        proto.graph.input.append(_untied(value, graph.element_type(f"{path}/{value.name}")))
+        proto.graph.input.append(_untied(value, graph.type(f"{path}/{value.name}")))
     for name in sorted(captured):
         if graph.is_constant(name):
             proto.graph.initializer.append(numpy_helper.from_array(graph.value(name), name))
         else:
-            proto.graph.input.append(helper.make_tensor_value_info(name, graph.element_type(name) or 1, None))
+            proto.graph.input.append(helper.make_value_info(name, type_of(name)))
     return Model(proto, proto)
 
 
-def _untied(value: onnx.ValueInfoProto, element: int | None) -> onnx.ValueInfoProto:
+def _untied(value: onnx.ValueInfoProto, known: TypeProto | None) -> onnx.ValueInfoProto:
     """A formal input without its declared shape, which may change from step to step."""
-    if value.type.HasField("sequence_type") or value.type.HasField("optional_type"):
-        return value
-    element = value.type.tensor_type.elem_type or element or TensorProto.FLOAT
-    return helper.make_tensor_value_info(value.name, element, None)
+    element = value.type.tensor_type.elem_type or TensorProto.FLOAT
+    return helper.make_value_info(value.name, known or helper.make_tensor_type_proto(element, None))

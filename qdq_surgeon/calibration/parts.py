@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from onnx import ModelProto, TensorProto, helper
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, TypeProto, ValueInfoProto, helper, numpy_helper
 
 from .. import weights
 from ..graph import Graph, Node
 from ..storage import WeightFolder
-from .sessions import runnable
+from .sessions import Session, runnable
 
 
 def leading_to(graph: Graph, tensors: Iterable[str]) -> list[Node]:
@@ -43,12 +45,17 @@ class Parts:
         self._graph = graph
         self._folder = folder
         self._written = 0
+        self._learned: dict[str, TypeProto] = {}
         read = {name for node in nodes for name in (*node.inputs, *node.captured)}
         needed = [tensor for tensor in graph.proto.graph.initializer if tensor.name in read]
         self.weight_bytes = sum(map(weights.size, needed))
         self.mapped = any(map(weights.is_outside, needed))
         with WeightFolder(folder) as beside:
             self._initializers = {tensor.name: beside.put(tensor) for tensor in needed}
+
+    def replace(self, name: str, values: NDArray[Any]) -> None:
+        """Write later parts with another value of an initializer."""
+        self._initializers[name] = numpy_helper.from_array(values, name)
 
     def inputs(self, nodes: Sequence[Node]) -> tuple[str, ...]:
         """What must be fed to run these nodes alone."""
@@ -70,18 +77,22 @@ class Parts:
         graph.initializer.extend(tensor for name, tensor in self._initializers.items() if name in used)
         declared = {value.name: value for value in whole.graph.input}
         for name in self.inputs(nodes):
-            value = declared.get(name) or helper.make_tensor_value_info(name, self._type(name), None)
-            graph.input.append(value)
+            graph.input.append(declared.get(name) or helper.make_value_info(name, self.type(name)))
         for index, name in enumerate(outputs):
-            if sizes:
-                graph.node.append(helper.make_node("Size", [name], [f"qdq_surgeon/size_{index}"]))
-            element = TensorProto.INT64 if sizes else self._type(name)
             output = f"qdq_surgeon/size_{index}" if sizes else name
-            graph.output.append(helper.make_tensor_value_info(output, element, None))
+            if sizes:
+                graph.node.append(helper.make_node("Size", [name], [output]))
+            graph.output.append(ValueInfoProto(name=output))  # onnxruntime finds the type
         self._written += 1
         path = self._folder / f"{self._written}.onnx"
         path.write_bytes(runnable(proto).SerializeToString())
         return path
 
-    def _type(self, name: str) -> int:
-        return self._graph.element_type(name) or TensorProto.FLOAT
+    def learn(self, session: Session) -> None:
+        """Note the types of what a part makes: shape inference does not know those of custom ops."""
+        self._learned |= session.types
+
+    def type(self, name: str) -> TypeProto:
+        """The type of what a part reads; an FP32 tensor where neither inference nor an earlier part told."""
+        known = self._graph.type(name) or self._learned.get(name)
+        return known or helper.make_tensor_type_proto(TensorProto.FLOAT, None)

@@ -93,6 +93,7 @@ def findings(model: Model, statistics: Statistics, method: str | None = None) ->
     found = (
         never_finite(tensors, graph),
         never_run(tensors, graph),
+        always_empty(tensors, graph),
         non_finite(held, graph),
         input_range(held, graph) if given else None,
         few_samples(held, statistics.origin.samples, method) if given else None,
@@ -106,9 +107,7 @@ def findings(model: Model, statistics: Statistics, method: str | None = None) ->
 
 def never_finite(tensors: Tensors, graph: Graph) -> Finding | None:
     """Tensors of which no finite value was seen: there is nothing to choose a scale from."""
-    names = [
-        name for name, statistic in tensors.items() if not statistic.count and not _is_idle(name, statistic, graph)
-    ]
+    names = [name for name, statistic in tensors.items() if statistic.non_finite and not statistic.count]
     if not names:
         return None
     text = f"{_listed(names)} never held a finite number; {_origin(names[0], graph)}: check the data and the model"
@@ -117,15 +116,21 @@ def never_finite(tensors: Tensors, graph: Graph) -> Finding | None:
 
 def never_run(tensors: Tensors, graph: Graph) -> Finding | None:
     """Bodies of If, Loop or Scan that no sample went into."""
-    names = [name for name, statistic in tensors.items() if _is_idle(name, statistic, graph)]
+    names = [name for name, statistic in tensors.items() if statistic.is_empty and graph.home(name)[0]]
     if not names:
         return None
     text = f"no sample ran the bodies that hold {_listed(names)}: they stay float; give data that take every branch"
     return Finding("never-run", "warning", tuple(names), text)
 
 
-def _is_idle(name: str, statistic: Statistic, graph: Graph) -> bool:
-    return statistic.is_empty and bool(graph.home(name)[0])
+def always_empty(tensors: Tensors, graph: Graph) -> Finding | None:
+    """Tensors without an element in every sample: a detector that found nothing, for example."""
+    names = [name for name, statistic in tensors.items() if statistic.is_empty and not graph.home(name)[0]]
+    if not names:
+        return None
+    them = "it" if len(names) == 1 else "them"
+    text = f"{_listed(names)} had no element in any sample: what reads {them} stays float; give data that fill {them}"
+    return Finding("always-empty", "warning", tuple(names), text)
 
 
 def non_finite(tensors: Tensors, graph: Graph) -> Finding | None:

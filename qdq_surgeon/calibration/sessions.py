@@ -7,17 +7,17 @@ import functools
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto
+from onnx import ModelProto, TensorProto, TypeProto, helper
 
 from ..bfloat16 import widened
 from ..errors import DataError, ModelError, QdqError, nearest
-from ..graph import all_nodes
+from ..graph import every_node
 from ..storage import fits_in_one_file, on_disk
 from .feeds import Batch, Trial
 
@@ -32,6 +32,7 @@ PROVIDERS: Mapping[str, str] = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 DEFAULT_PROVIDER = "cpu"
+_OF_TENSORS = re.compile(r"((seq|optional)\()*tensor\(\w+\)+")
 _QUIET = 4  # onnxruntime's FATAL: what goes wrong arrives as an exception
 
 
@@ -93,11 +94,17 @@ class Session:
                 raise ModelError(f"onnxruntime refuses the model: {_reason(error)}") from error
         if PROVIDERS[provider] not in self._session.get_providers():
             raise QdqError(f"onnxruntime cannot start its {provider} provider here: check driver and libraries")
-        self.outputs: tuple[str, ...] = tuple(output.name for output in self._session.get_outputs())
+        self._types = {output.name: output.type for output in self._session.get_outputs()}
+        self.outputs: tuple[str, ...] = tuple(self._types)
         floats = {"tensor(float16)": "float16", "tensor(float)": "float32"}
         self._floats = {i.name: floats[i.type] for i in self._session.get_inputs() if i.type in floats}
         self._whole = True
         self._lock = threading.Lock()
+
+    @property
+    def types(self) -> dict[str, TypeProto]:
+        """The types of the outputs, as onnxruntime knows them, those of custom ops too; maps are left out."""
+        return {name: _type(text) for name, text in self._types.items() if _OF_TENSORS.fullmatch(text)}
 
     def run(self, batch: Batch, names: Sequence[str]) -> list[list[NDArray[Any]]]:
         """The named outputs for one batch; once per sample where the model does not run on the whole batch."""
@@ -130,6 +137,15 @@ class Session:
         return None
 
 
+def _type(text: str) -> TypeProto:
+    """What onnxruntime writes as 'tensor(float)' or 'seq(tensor(int64))'."""
+    kind, _, inner = text.removesuffix(")").partition("(")
+    if kind == "tensor":
+        return helper.make_tensor_type_proto(TensorProto.DataType.Value(inner.upper()), None)
+    make = {"seq": helper.make_sequence_type_proto, "optional": helper.make_optional_type_proto}[kind]
+    return make(_type(inner))
+
+
 def trial(proto: ModelProto, custom_ops: Iterable[Path] = ()) -> Trial:
     """`Session.runs` of one session, which is opened when the first feed is tried."""
     session = functools.cache(lambda: Session(proto, custom_ops=custom_ops))
@@ -139,7 +155,7 @@ def trial(proto: ModelProto, custom_ops: Iterable[Path] = ()) -> Trial:
 def runnable(proto: ModelProto) -> ModelProto:
     """The model for onnxruntime: without BF16, and without names where two nodes have the same, which ONNX allows."""
     proto = widened(proto)
-    names = [node.name for node in _every_node(proto) if node.name]
+    names = [node.name for node in every_node(proto) if node.name]
     return proto if len(set(names)) == len(names) else _nameless(proto)
 
 
@@ -169,15 +185,9 @@ def _providers(provider: str) -> list[str]:
 def _nameless(proto: ModelProto) -> ModelProto:
     copy = ModelProto()
     copy.CopyFrom(proto)
-    for node in _every_node(copy):
+    for node in every_node(copy):
         node.ClearField("name")
     return copy
-
-
-def _every_node(proto: ModelProto) -> Iterator[NodeProto]:
-    """The nodes of the graph and of the model's own functions."""
-    for graph in (proto.graph, *proto.functions):
-        yield from all_nodes(graph)
 
 
 def _reason(error: BaseException) -> str:

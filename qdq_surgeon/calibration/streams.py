@@ -8,7 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ..errors import DataError
-from .batches import Batch, Input, check_names, make_batch, to_array
+from .batches import OPTIONAL, SEQUENCE, Batch, Input, Value, check_names, make_batch, to_array
 
 
 def stream(items: Iterable[Any], inputs: tuple[Input, ...], source: str = "") -> Iterator[Batch]:
@@ -17,13 +17,14 @@ def stream(items: Iterable[Any], inputs: tuple[Input, ...], source: str = "") ->
     An item is a mapping of input names to arrays; for a model with one input, an array; or a tuple or list that begins
     with one of these, as (images, labels). A tuple serves a model with several inputs only where each of these has the
     type and shape of one element, and they come in the model's order. An array whose rank is one lower than declared
-    is one sample: it gets the axis. Raises DataError for anything else; what the items' own code raises passes.
+    is one sample: it gets the axis. For a sequence a mapping has a list of arrays, for an optional tensor an array or
+    None. Raises DataError for anything else; what the items' own code raises passes.
     """
     for index, item in enumerate(items):
         where = f"{source}, batch {index}" if source else f"batch {index}"
         feed = _feed(item, inputs, where)
         check_names(feed, inputs, where)
-        yield make_batch({d.name: _array(feed[d.name], d, where) for d in inputs}, inputs, where)
+        yield make_batch({d.name: _value(feed[d.name], d, where) for d in inputs}, inputs, where)
 
 
 def is_array(value: Any) -> bool:
@@ -54,6 +55,16 @@ def _is_in_order(item: tuple[Any, ...] | list[Any], inputs: tuple[Input, ...], w
 def _suits(value: Any, declared: Input, where: str) -> bool:
     array = to_array(value, declared, where)
     return array.dtype == declared.dtype and declared.fits(array.shape)
+
+
+def _value(value: Any, declared: Input, where: str) -> Value:
+    if declared.kind == OPTIONAL and value is None:
+        return None
+    if declared.kind != SEQUENCE:
+        return _array(value, declared, where)
+    if not isinstance(value, (list, tuple)):
+        raise DataError(f"{where}: '{declared.name}' is a sequence, and got a {type(value).__name__}: give a list")
+    return [to_array(item, declared, where) for item in value]
 
 
 def _array(value: Any, declared: Input, where: str) -> NDArray[Any]:

@@ -214,7 +214,8 @@ class Reader:
             inside = self._flows.get(part[0].first_output)
             if inside:
                 tapped = tuple(name for name in part[0].outputs if name in self._names)
-                self._stages.append(_FlowStage(Flow(part[0], self._graph, inside, self._opened), tapped))
+                flow = Flow(part[0], self._graph, inside, self._opened, self._store.type)
+                self._stages.append(_FlowStage(flow, tapped))
             else:
                 self._stages.append(self._stage(part, parts[index + 1 :], threads, lean=len(parts) > 1))
 
@@ -243,11 +244,12 @@ class Reader:
             mapped=self._store.mapped,
             custom_ops=self._custom_ops,
         )
+        self._store.learn(session)
         return _Stage(session, self._store.inputs(nodes), outputs, tuple(passed))
 
     def _sizes(self, first: Batch) -> dict[str, int]:
         """The bytes of every tensor for one sample, or one batch that cannot be cut: by shape inference, else a run."""
-        shapes = self._graph.shapes_for({n: array.shape for n, array in first.feed.items() if hasattr(array, "shape")})
+        shapes = self._graph.shapes_for(first.shapes)
         names = [name for name in self._names if not self._graph.home(name)[0]]
         found = {name: size for name in names if (size := size_of(shapes.get(name))) is not None}
         unknown = [name for name in names if name not in found]
@@ -321,7 +323,7 @@ def _cut(
     held = 0
     for index, node in enumerate(nodes):
         size = sum(sizes.get(name, 0) for name in node.outputs)
-        full = held and held + size > budget and all(graph.element_type(name) for name in live)
+        full = held and held + size > budget and all(graph.type(name) for name in live)
         if parts[-1] and (full or node.first_output in alone or parts[-1][-1].first_output in alone):
             parts.append([])
             held = 0

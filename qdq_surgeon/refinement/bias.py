@@ -21,7 +21,7 @@ from ..calibration.sessions import Progress
 from ..edges import GRAPH_OUTPUT, Edge, Plan, count
 from ..graph import Graph, Node
 from ..model import Model
-from .judging import decibels, judged, relative_error
+from .judging import decibels, judged, parted, relative_error
 from .lockstep import Both, walk
 from .trace import TensorError, Trace
 
@@ -29,8 +29,6 @@ Array: TypeAlias = NDArray[Any]
 
 POSITIONS = 1024
 """Values of one channel, over all samples, that are looked at: more tell nothing new."""
-JUDGED_EVERY = 4
-"""One sample in so many is not fitted on, and judges."""
 SETTLED = 1e-3
 """A step that takes less than this share of the loss is the last."""
 STEPS = 8
@@ -259,7 +257,7 @@ def correct_biases(
     Most of the samples are fitted on; on the others each shift must help, and all of them together.
     """
     found = {target.tensor: target for target in targets(model.graph, plan)}
-    fitted = len(samples) - len(samples) // JUDGED_EVERY
+    fitted = len(parted(samples)[0])
     values: dict[Edge, Array] = {}
     noted = Trace(model.graph, plan)
     stops = dict.fromkeys((*found, *noted.stops))
@@ -280,7 +278,7 @@ def correct_biases(
     results = judged(model.graph)
     after = walk(model, quantized, samples, results, stops, visit)
     unseen = slice(fitted if fitted < len(samples) else 0, None)
-    before = walk(model, quantized, samples[unseen], results)
+    before = walk(model, quantized, parted(samples)[1], results)
     return BiasCorrection(
         values,
         len(found),

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ..calibration.feeds import Batch
 from ..graph import Graph
 from .lockstep import Both
 
@@ -20,6 +21,21 @@ PASSING = frozenset({"Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "
 MOST_CHANNELS = 1024
 BEST = 120.0
 """dB: more is no difference."""
+
+
+JUDGED_EVERY = 4
+"""One sample in so many is not chosen or fitted on, and judges."""
+
+
+def parted(samples: Sequence[Batch]) -> tuple[Sequence[Batch], Sequence[Batch]]:
+    """Samples to choose or fit on, and others to judge by; the same ones where there are too few."""
+    fitted = len(samples) - len(samples) // JUDGED_EVERY
+    return samples[:fitted], samples[fitted:] or samples
+
+
+def number_of(samples: Sequence[Batch]) -> int:
+    """How many samples the batches hold."""
+    return sum(batch.samples for batch in samples)
 
 
 def judged(graph: Graph) -> tuple[str, ...]:

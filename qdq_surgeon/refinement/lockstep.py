@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,7 +52,8 @@ class Both:
     """What the Q/DQ model goes on with: a visitor may change the arrays in place."""
 
 
-Visit: TypeAlias = Callable[[Both], None]
+Visit: TypeAlias = Callable[[Both], "Mapping[str, Array] | None"]
+"""What happens at a stop. It may give initializers by name with which the Q/DQ model goes on."""
 
 
 def walk(
@@ -62,10 +63,12 @@ def walk(
     results: Sequence[str],
     stops: Iterable[str] = (),
     visit: Visit = lambda _: None,
+    weights: Mapping[str, Array] | None = None,
 ) -> list[Both]:
     """Run both models over the samples, and stop at every tensor of `stops` (of the top graph) in the graph's order.
 
-    `quantized` is the model with pairs, all other nodes as in `model`. Returns the tensors `results`.
+    `quantized` is the model with pairs, all other nodes as in `model`; `weights` are initializers that it has instead
+    of its own. Returns the tensors `results`.
     Raises ModelError or DataError where onnxruntime does not run a part.
     """
     floats, pairs, stops = model.graph, Graph(quantized, deep=True), set(stops)
@@ -76,14 +79,14 @@ def walk(
             _Side(floats, model, Path(folder) / "float", nodes, samples),
             _Side(pairs, model, Path(folder) / "int8", leading_to(pairs, results), samples, simulate=True),
         ]
+        sides[1].replace(weights or {})
         for index, part in enumerate(parts):
             later = [node for following in parts[index + 1 :] for node in following]
             needed = reads(floats, later) | set(results)
             for side in sides:
                 side.run(part, needed)
-            last = part[-1].outputs[0]
-            if last in stops:
-                visit(sides[0].both(last, sides[1]))
+            for name in stops.intersection(part[-1].outputs):
+                sides[1].replace(visit(sides[0].both(name, sides[1])) or {})
         return [sides[0].both(name, sides[1]) for name in results]
 
 
@@ -123,6 +126,11 @@ class _Side:
     def both(self, name: str, other: _Side) -> Both:
         return Both(name, [values[name] for values in self._values], [values[name] for values in other._values])
 
+    def replace(self, weights: Mapping[str, Array]) -> None:
+        """Go on with other initializers."""
+        for name, values in weights.items():
+            self._parts.replace(name, values)
+
     def run(self, part: Sequence[Node], needed: set[str]) -> None:
         """Run one part, and keep what later ones need."""
         nodes = list(self._with_pairs(part))
@@ -136,6 +144,7 @@ class _Side:
                 mapped=self._parts.mapped,
                 custom_ops=self._custom_ops,
             )
+            self._parts.learn(session)
 
             def one(index: int) -> None:
                 feed = {name: self._values[index][name] for name in inputs}
@@ -189,7 +198,7 @@ def evenly(samples: Sequence[Batch], number: int) -> list[Batch]:
 
 def _held(graph: Graph, sample: Batch) -> int:
     """The most bytes that one sample's tensors take at a time between two nodes; unknown shapes count nothing."""
-    shapes = graph.shapes_for({name: array.shape for name, array in sample.feed.items() if hasattr(array, "shape")})
+    shapes = graph.shapes_for(sample.shapes)
     nodes = [node for node in graph.nodes if not node.scope]
     last = {name: index for index, node in enumerate(nodes) for name in reads(graph, [node])}
     live = most = 0

@@ -28,7 +28,7 @@ def scored(score: Score, proto: ModelProto, custom_ops: Sequence[Path] = ()) -> 
     session = Session(proto, simulate=True, custom_ops=custom_ops)
 
     def run(feed: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-        arrays = {name: np.asarray(value) for name, value in feed.items()}
+        arrays = {name: v if isinstance(v, list) or v is None else np.asarray(v) for name, v in feed.items()}
         outputs = session.run(Batch(arrays, 1), session.outputs)[0]
         return dict(zip(session.outputs, outputs, strict=True))
 

@@ -142,7 +142,7 @@ def _pairs_of(plan: Plan, quantized: Graph, pairs: set[str]) -> dict[str, Site]:
 def _ops(
     model: Model, sites: Mapping[str, Site], alone: Mapping[str, float], total: float, sample: Batch
 ) -> Iterator[OpNoise]:
-    fed = model.graph.shapes_for({name: array.shape for name, array in sample.feed.items()})
+    fed = model.graph.shapes_for(sample.shapes)
     shares: dict[str, float] = {}
     for pair, site in sites.items():
         for key in {edge.key for edge in site.edges}:

@@ -58,5 +58,7 @@ class _Teller:
             return f"float by {rule}: {self._because[rule]}"
         if not self._graph.is_float(tensor):
             return "not a float tensor"
+        if edge.slot != GRAPH_OUTPUT and self._graph.reading_node(edge) is None:
+            return "float: it is read in a body that is not planned, as those of If, Loop and Scan are"
         domain, _, op = edge.op.rpartition("::")
         return f"float: {op} is of the domain {domain}, not ONNX's own" if domain else "float: no rule speaks of it"

@@ -17,10 +17,12 @@ from .predicates import Subject, sentence
 
 FILTER_RULE = "filter"
 OUTPUT_RULE = "graph-output"
+FOREIGN_RULE = "in-model-type"
 BUILT_IN = {
     FILTER_RULE: "Your filter keeps this node in float.",
     OUTPUT_RULE: "A graph's own outputs keep their type.",
     IN_MODEL: "The model came with this pair.",
+    FOREIGN_RULE: "Another input of this op came with a pair that is not 8-bit, so it makes no INT8 op.",
 }
 
 
@@ -118,10 +120,16 @@ class _Planner:
     def __init__(self, model: Model, out: frozenset[str]) -> None:
         self.graph = model.graph
         self._out = out
-        self._reaches = {pair.tensor: pair.reach for pair in reversed(model.existing)}
+        self._reaches: dict[str, float | None] = {}
+        for pair in model.existing:
+            self._reaches[pair.tensor] = self._reaches.get(pair.tensor) or pair.reach
         self._decided: dict[Edge, _Decision] = {
             edge: _Decision(IN_MODEL, True, pair.axis) for pair in model.existing for edge in pair.edges
         }
+        self._closed = {edge for pair in model.existing if not pair.is_open for edge in pair.edges}
+        self._foreign = {edge for pair in model.existing if pair.is_foreign for edge in pair.edges}
+        for edge in self._foreign:
+            self._leave_alone(self.graph.reading_node(edge))
         self._ranges: dict[str, tuple[float, float]] = {
             tensor: (-reach, reach)
             for tensor, reach in self._reaches.items()
@@ -130,9 +138,13 @@ class _Planner:
         self._shares: list[Share] = []
         self._missed: list[_Missed] = []
 
+    def _leave_alone(self, node: Node | None) -> None:
+        for edge in node.edges if node else ():
+            self._decided.setdefault(edge, _Decision(FOREIGN_RULE, quantized=False))
+
     def is_quantized(self, edge: Edge) -> bool:
         decision = self._decided.get(edge)
-        return decision is not None and decision.quantized
+        return decision is not None and decision.quantized and edge not in self._foreign
 
     def visit(self, rule: Rule, node: Node | None, matches: Iterator[Match]) -> None:
         """Apply the first match whose conditions hold; where none does, remember the one that came closest."""
@@ -181,7 +193,8 @@ class _Planner:
             return
         for name, bounds in rule.range.items():
             for tensor in _bound(match, name).tensors:
-                self._ranges.setdefault(tensor, bounds)
+                if tensor not in self._reaches:
+                    self._ranges.setdefault(tensor, bounds)
         if rule.share:
             tensors = tuple(dict.fromkeys(t for s in rule.share for t in _bound(match, s.name).tensors))
             own = tuple(edge for edge in self._edges(rule.share, match) if self._rule_of(edge) == rule.name)
@@ -241,7 +254,7 @@ class _Planner:
         return node.inputs[edge.slot] if node else edge.key
 
     def plan(self, model: Model, placement: Placement) -> Plan:
-        reads: dict[tuple[str, int | None], list[Read]] = {}
+        reads: dict[tuple[str, int | None, bool], list[Read]] = {}  # a pair that nobody can join is a site of its own
         kept: list[Kept] = []
         for node in self.graph.nodes:
             for tensor, edge in zip(node.inputs, node.edges, strict=True):
@@ -249,13 +262,14 @@ class _Planner:
                 if decision is None:
                     continue
                 if decision.quantized:
-                    reads.setdefault((tensor, decision.axis), []).append(Read(edge, decision.rule))
+                    site = (tensor, decision.axis, edge in self._closed)
+                    reads.setdefault(site, []).append(Read(edge, decision.rule))
                 elif self.graph.is_float(tensor):
                     kept.append(Kept(tensor, edge, decision.rule))
-        self._find_ranges_below({tensor: decided for (tensor, _), decided in reads.items()})
+        self._find_ranges_below({tensor: decided for (tensor, *_), decided in reads.items()})
         outputs = [name for name in self.graph.outputs if self.graph.is_float(name)]
         kept += [Kept(name, Edge((), name, GRAPH_OUTPUT), OUTPUT_RULE) for name in outputs]
-        pairs = {tensor for tensor, _ in reads} | {tensor for share in self._shares for tensor in share.tensors}
+        pairs = {tensor for tensor, *_ in reads} | {tensor for share in self._shares for tensor in share.tensors}
         sites = tuple(
             Site(
                 tensor,
@@ -263,9 +277,9 @@ class _Planner:
                 weight=self.graph.is_constant(tensor),
                 axis=axis,
                 source=self._source(tensor, pairs),
-                range=self._ranges.get(tensor),
+                range=self._ranges.get(tensor) if not closed else None,
             )
-            for (tensor, axis), decided in reads.items()
+            for (tensor, axis, closed), decided in reads.items()
         )
         misses = tuple(self._misses())
         used = {read.rule for site in sites for read in site.reads} | {item.rule for item in kept}

@@ -207,8 +207,8 @@ def shapes_of(model: Model, batches: Iterable[Batch]) -> Mapping[str, tuple[tupl
     """A profile for the inputs with open dimensions that covers all batches; the first one is the usual shape."""
     seen: dict[str, list[tuple[int, ...]]] = {}
     for batch in batches:
-        for name, array in batch.feed.items():
-            seen.setdefault(name, []).append(array.shape)
+        for name, shape in batch.shapes.items():
+            seen.setdefault(name, []).append(shape)
     if not seen:
         raise QdqError("there are no samples to run engines on")
     shapes = {}

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import textwrap
+from dataclasses import replace
 
 import hypothesis
 import hypothesis.strategies as st
@@ -15,6 +16,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from qdq_surgeon.calibration.collection import fingerprint
 from qdq_surgeon.calibration.feeds import default_data, read_data
 from qdq_surgeon.calibration.split import Split
 from qdq_surgeon.errors import DataError
@@ -610,10 +612,61 @@ def test_pickled_code_is_never_run(name, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_input_that_is_no_tensor_is_refused():
-    proto = model("g (seq(float[2]) s, int64 i) => (y) { y = SequenceAt(s, i) }")
-    with pytest.raises(DataError, match="'s' is not a tensor"):
-        read_data({}, load(proto))
+CONTAINERS = "g (float[N,3] x, seq(float[A,3]) s, optional(float[3]) o) => (x) { h = OptionalHasElement(o) }"
+
+
+def test_a_sequence_is_a_list_and_what_is_not_there_is_none():
+    x, one, two = rows(4), rows(1), rows(2)
+    (batch,) = read_data([{"x": x, "s": (one, two), "o": None}], load(model(CONTAINERS, 18))).batches
+    assert [array.shape for array in batch.feed["s"]] == [(1, 3), (2, 3)]
+    assert batch.feed["o"] is None
+    assert (batch.samples, batch.divisible, batch.nbytes) == (1, False, 4 * 3 * (4 + 1 + 2))
+    assert batch.shapes == {"x": (4, 3)}
+
+
+def test_copies_and_fingerprints_reach_into_sequences():
+    (batch,) = read_data([{"x": rows(4), "s": [rows(1)], "o": rows(1)[0]}], load(model(CONTAINERS, 18))).batches
+    copy, before = batch.copied(), fingerprint(batch)
+    batch.feed["s"][0][:] = 7
+    assert fingerprint(copy) == before != fingerprint(batch)
+    assert fingerprint(replace(copy, feed=copy.feed | {"o": None})) != before
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"s": rows(1)}, "batch 0: 's' is a sequence, and got a ndarray: give a list"),
+        ({"s": [rows(1, 4)]}, r"batch 0: 's' has shape \[1, 4\], but the model wants \[A, 3\]"),
+        ({"s": [np.full((1, 3), np.nan, np.float32)]}, "batch 0: 's' holds NaN"),
+        ({"o": rows(1)}, r"batch 0: 'o' has shape \[1, 3\], but the model wants \[3\]"),
+        ({"x": None}, "batch 0: 'x' holds object, which is no number"),
+    ],
+)
+def test_what_is_no_such_sequence_or_tensor_is_refused(change, reason):
+    feed = {"x": rows(4), "s": [rows(1)], "o": None} | change
+    with pytest.raises(DataError, match=reason):
+        list(read_data([feed], load(model(CONTAINERS, 18))).batches)
+
+
+def test_arrays_and_files_feed_tensors_alone(tmp_path):
+    np.savez(tmp_path / "data.npz", x=rows(4))
+    for data in ({"x": rows(4)}, rows(4), tmp_path / "data.npz", tmp_path):
+        with pytest.raises(DataError, match="'s' is a sequence: give one mapping per sample, with a list of arrays"):
+            read_data(data, load(model(CONTAINERS, 18)))
+    with pytest.raises(DataError, match="'s' is a sequence"):
+        default_data(load(model(CONTAINERS, 18)))
+
+
+def test_a_script_feeds_sequences(tmp_path):
+    script = tmp_path / "loader.py"
+    script.write_text(
+        "import numpy as np\n"
+        "def load_data():\n"
+        "    x = np.ones((4, 3), np.float32)\n"
+        "    yield {'x': x, 's': [x, x[:1]], 'o': None}\n"
+    )
+    (batch,) = read_data(script, load(model(CONTAINERS, 18))).batches
+    assert len(batch.feed["s"]) == 2
 
 
 # ---- what goes to calibration, and what to the comparison --------------------------------------------------

@@ -56,6 +56,13 @@ def test_a_tensor_that_never_held_a_finite_number_is_an_error():
     assert "Log logarithm" in str(finding)
 
 
+def test_a_tensor_that_was_always_empty_is_no_error():
+    findings = found(CHAIN, x=normal(), c=np.zeros((0, 4)))
+    assert findings.keys() == {"always-empty"}
+    assert findings["always-empty"].severity == "warning"
+    assert str(findings["always-empty"]).startswith("'c' had no element in any sample: what reads it stays float")
+
+
 def test_errors_come_first():
     codes = list(found(CHAIN, x=np.full(9, np.nan), b=np.append(normal(), np.nan), c=np.zeros(9), samples=2))
     assert codes == ["never-finite", "non-finite", "few-samples", "all-zero"]

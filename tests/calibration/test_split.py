@@ -50,3 +50,35 @@ def test_a_shard_that_is_none_is_refused(shard):
 def test_nothing_is_kept_where_nobody_compares():
     split = Split(opened(OPEN, {"x": rows(40)}), hold_out=False, keep=False)
     assert (sum(batch.samples for batch in split), split.seen) == (40, [])
+
+
+# ---- what is kept for corrections and comparisons ---------------------------------------------------------------
+
+
+def taken(batches):
+    return [value for batch in batches for value in batch.feed["x"][:, 0].tolist()]
+
+
+def test_what_calibrated_is_seen_and_what_compares_is_not():
+    x = np.arange(40, dtype=np.float32)[:, None].repeat(3, 1)
+    split = Split(opened(OPEN, {"x": x}), limit=24)
+    calibrated = taken(list(split))
+    assert taken(split.seen) == calibrated == list(range(24))
+    assert split.held_out
+    assert not set(taken(split.for_comparison())) & set(calibrated)
+
+
+def test_dealing_gives_the_same_parts_as_a_calibration():
+    """Where statistics are given, corrections still see what would have calibrated, and comparisons the rest."""
+    x = np.arange(60, dtype=np.float32)[:, None].repeat(3, 1)
+    run, dealt = (Split(opened(OPEN, {"x": x})) for _ in range(2))
+    list(run)
+    dealt.deal()
+    assert taken(dealt.seen) == taken(run.seen)
+    assert taken(dealt.for_comparison()) == taken(run.for_comparison())
+
+
+def test_without_calibration_all_is_compared_on():
+    split = Split(opened(OPEN, {"x": rows(40)}))
+    assert sum(batch.samples for batch in split.for_comparison()) == 40
+    assert not split.held_out

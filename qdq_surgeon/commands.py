@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .calibration.images import Preprocessing
     from .calibration.sessions import Progress
     from .comparison import Comparison
+    from .making import Result
     from .model import Model
     from .scales import Scales
     from .tensorrt.runs import EngineReport
@@ -38,6 +39,11 @@ SYNTHETIC_COMPARISON = (
     "real samples with --data."
 )
 
+SYNTHETIC_RANKING = (
+    "No data was given, so the error was measured on MADE-UP INPUTS. Real samples may rank ops and pairs otherwise. "
+    "Give some with --data."
+)
+
 
 def insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     """Insert pairs: the whole line, with everything that the user asked for around it."""
@@ -51,6 +57,7 @@ def insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     from .tensorrt.trtexec import trtexec_command
 
     if options.plan:
+        _check_plan(options)
         return plan(options, say)
     _check_insert(options)
     model = _load(options)
@@ -108,14 +115,14 @@ def insert(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     for note in result.notes:
         say(f"note: {note}")
     if result.comparison:
-        say(result.comparison)
-        if result.comparison.verdict:
-            _shout(result.comparison.verdict)
+        _say_comparison(result.comparison, say)
         _check_judged(result.comparison, options)
+    if result.missed:
+        say(result.missed)
     save(result.model, output, external)
     say(f"wrote {output}")
     if options.json:
-        _write_json(options.json, the_plan, result.comparison)
+        _write_json(options.json, the_plan, result.comparison, _refinements(result))
         say(f"wrote {options.json}")
     if options.write_cache:
         write_cache(result.scales, the_plan, options.write_cache)
@@ -156,9 +163,9 @@ def _check_insert(options: argparse.Namespace) -> None:
         raise QdqError("--engine, --min-sqnr and --min-agreement need the comparison: leave --no-compare out")
     if options.stats and wants_comparison and not _is_data_given(options):
         raise QdqError("--engine, --min-sqnr and --min-agreement need data to compare on: give --data beside --stats")
-    searches = any(
-        target is not None for target in (options.target_sqnr, options.target_agreement, options.target_score)
-    )
+    if options.stats and options.score_script and not _is_data_given(options):
+        raise QdqError("--score-script scores what is compared, and --stats compares nothing: give --data too")
+    searches = _searches(options)
     if searches and options.float_worst:
         raise QdqError("--float-worst says how many ops stay float, a target finds out: leave one out")
     if options.plan_file and (searches or options.float_worst):
@@ -175,6 +182,17 @@ def _check_insert(options: argparse.Namespace) -> None:
         raise QdqError("--float16-io goes with --float16")
     check_target(options.trtexec or "")
     _check_gates(options)
+
+
+def _check_plan(options: argparse.Namespace) -> None:
+    """Refuse what a plan alone would ignore."""
+    if _searches(options) or options.float_worst or options.score_script:
+        raise QdqError("a target, --float-worst and --score-script need data, which --plan does without: leave one out")
+
+
+def _searches(options: argparse.Namespace) -> bool:
+    targets = (options.target_sqnr, options.target_agreement, options.target_score)
+    return any(target is not None for target in targets)
 
 
 def plan(options: argparse.Namespace, say: Callable[[object], None]) -> int:
@@ -285,7 +303,7 @@ def compare(options: argparse.Namespace, say: Callable[[object], None]) -> int:
         )
     if not _is_data_given(options) and comparison.data == SYNTHETIC:
         _shout(SYNTHETIC_COMPARISON)
-    say(comparison)
+    _say_comparison(comparison, say)
     _check_judged(comparison, options)
     report = None
     if options.engine:
@@ -303,6 +321,7 @@ def sensitivity(options: argparse.Namespace, say: Callable[[object], None]) -> i
     from dataclasses import asdict
 
     from . import pipeline
+    from .calibration.feeds import SYNTHETIC
     from .report.html import sensitivity_chart, sensitivity_page
 
     _check_data(options)
@@ -324,6 +343,8 @@ def sensitivity(options: argparse.Namespace, say: Callable[[object], None]) -> i
             memory=options.memory,
             progress=progress,
         )
+    if found.data == SYNTHETIC:
+        _shout(SYNTHETIC_RANKING)
     say(found)
     for path, draw in ((options.svg, sensitivity_chart), (options.html, sensitivity_page)):
         if path:
@@ -337,7 +358,7 @@ def sensitivity(options: argparse.Namespace, say: Callable[[object], None]) -> i
 
 def strip(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     """Take pairs out of a Q/DQ model."""
-    from .existing import count_pairs, strip_pairs
+    from .existing import count_pairs, notes_on_left, pairs_left, strip_pairs
     from .rules.filters import vetoed
     from .storage import data_file, save
 
@@ -347,6 +368,8 @@ def strip(options: argparse.Namespace, say: Callable[[object], None]) -> int:
     filters = (options.include, options.exclude, options.op_types)
     chosen = {node.first_output for node in model.graph.nodes} - vetoed(model.graph, *filters)
     stripped = strip_pairs(model.original, chosen if any(filters) else None)
+    for note in notes_on_left(pairs_left(stripped)) if not any(filters) else ():
+        say(f"note: {note}")
     before, after = count_pairs(model.original), count_pairs(stripped)
     say(f"{options.model}: {count(before - after, 'pair')} of {before} taken out")
     save(stripped, output)
@@ -481,8 +504,9 @@ def _make_plan(model: Model, options: argparse.Namespace, floats: Iterable[str] 
         model,
         placement=options.placement,
         include=options.include,
-        exclude=[*options.exclude, *sorted(floats)],
+        exclude=options.exclude,
         op_types=options.op_types,
+        floats=frozenset(floats),
     )
 
 
@@ -585,13 +609,37 @@ def _say_dropped(scales: Scales, plan: Plan, say: Callable[[object], None]) -> N
         say(f"  {edge} stays float: {reason}")
 
 
-def _write_json(path: Path, plan: Plan | None, comparison: Comparison | None) -> None:
+def _say_comparison(comparison: Comparison, say: Callable[[object], None]) -> None:
+    say(comparison.figures)
+    if comparison.verdict:
+        _shout(comparison.verdict)
+
+
+def _refinements(result: Result) -> dict[str, Any]:
+    """What was chosen and corrected, without the weights and biases themselves."""
+    from dataclasses import asdict, replace
+
+    rounding = replace(result.rounding, values={}) if result.rounding else None
+    correction = replace(result.correction, values={}, errors=()) if result.correction else None
+    done = {"choice": result.choice, "mixed": result.mixed, "rounding": rounding, "correction": correction}
+    found = {name: asdict(each) for name, each in done.items() if each}
+    for facts in found.values():
+        facts.pop("values", None)
+        facts.pop("errors", None)
+    return found
+
+
+def _write_json(
+    path: Path, plan: Plan | None, comparison: Comparison | None, refinements: dict[str, Any] | None = None
+) -> None:
     import json
     from dataclasses import asdict
 
     content: dict[str, Any] = json.loads(plan.to_json()) if plan else {}
     if comparison:
         content["comparison"] = asdict(comparison)
+    if refinements is not None:
+        content["refinements"] = refinements
     _write_json_value(path, content)
 
 

@@ -16,7 +16,7 @@ from .calibration.feeds import Batch
 from .calibration.sessions import Progress, Session
 from .edges import count
 from .errors import DataError, ModelError
-from .refinement.judging import channel_axis
+from .refinement.judging import channel_axis, powers
 from .refinement.trace import TensorError, first_jump, worst
 from .report.tables import decibels, share, table
 
@@ -89,7 +89,7 @@ class Comparison:
             return ""
         jump = first_jump(self.errors)
         where = f" The error first jumps at {jump}." if jump else ""
-        rest = f"; and {len(troubles) - FEW} more outputs" if len(troubles) > FEW else ""
+        rest = f"; and {count(len(troubles) - FEW, 'more output')}" if len(troubles) > FEW else ""
         return f"THIS MODEL LOST ITS ACCURACY: {'; '.join(troubles[:FEW])}{rest}.{where} {LOST_ADVICE}"
 
     @property
@@ -102,20 +102,25 @@ class Comparison:
         """The lowest top-1 agreement of any output that looks like class scores; None where none does."""
         return min((output.agreement for output in self.outputs if output.agreement is not None), default=None)
 
-    def __str__(self) -> str:
+    @property
+    def figures(self) -> str:
+        """All but the verdict."""
         seen = {True: ", not used for calibration", False: ", used for calibration too", None: ""}[self.held_out]
         rows = [
             (o.name, decibels(o.sqnr), f"{o.cosine:.6f}", f"{o.max_error:.4g}", share(o.agreement))
             for o in self.outputs
         ]
-        lines = [self.verdict] if self.verdict else []
-        if self.errors:
-            lines.insert(0, f"most error is added at: {', '.join(map(str, worst(self.errors))) or 'no op'}")
+        lines = []
         if self.scores:
-            lines.insert(0, f"score: {self.reference} {self.scores[0]:.6g}, INT8 {self.scores[1]:.6g}")
+            lines.append(f"score: {self.reference} {self.scores[0]:.6g}, INT8 {self.scores[1]:.6g}")
+        if self.errors:
+            lines.append(f"most error is added at: {', '.join(map(str, worst(self.errors))) or 'no op'}")
         head = f"{self.reference} against {self.where} on {count(self.samples, 'sample')} of {self.data}{seen}"
         shown = table(("output", "SQNR", "cosine", "max error", "top-1 agreement"), rows)
         return "\n".join((head, shown, *lines))
+
+    def __str__(self) -> str:
+        return f"{self.figures}\n{self.verdict}".rstrip()
 
 
 class Runner(Protocol):
@@ -226,10 +231,9 @@ class _Measured:
         axis = channel_axis([left.shape])
         if axis is None:
             return
-        others = tuple(index for index in range(left.ndim) if index != axis)
-        powers = np.square(left).sum(others), np.nan_to_num(np.square(left - right), nan=np.inf).sum(others)
+        found = powers(left, right, axis)
         before = self._channels.get(left.shape[axis])
-        self._channels[left.shape[axis]] = (powers[0] + before[0], powers[1] + before[1]) if before else powers
+        self._channels[left.shape[axis]] = (found[0] + before[0], found[1] + before[1]) if before else found
 
     def result(self) -> OutputComparison:
         signal, noise = self._channels.popitem()[1] if len(self._channels) == 1 else (np.zeros(1), np.zeros(1))

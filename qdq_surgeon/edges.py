@@ -221,7 +221,8 @@ class Plan:
         """Read what `to_json` wrote. Raises PlanError where the text is not a plan of this format."""
         try:
             raw = json.loads(text)
-            raw.pop("comparison", None)
+            for beside in ("comparison", "refinements"):
+                raw.pop(beside, None)
             if raw.pop("format") != PLAN_FORMAT:
                 raise PlanError(f"the plan has another format than {PLAN_FORMAT}: make it again with --plan --json")
             return _checked(_plan(raw))

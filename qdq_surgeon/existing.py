@@ -295,7 +295,7 @@ def strip_pairs(quantized: ModelProto, readers: Collection[str] | None = None) -
     for scope, graph in graphs:
         left_over |= _Stripper(view, scope, graph, readers, names).strip()
     for scope, graph in graphs:
-        _drop_constants(view, scope, graph, left_over)
+        drop_constants(view, scope, graph, left_over)
     if not _has_pairs(proto.graph):
         ours = {entry.key for entry in proto.metadata_props if entry.key.startswith(PREFIX)}
         drop_items(proto.metadata_props, ours, attrgetter("key"))
@@ -469,7 +469,7 @@ class _Stripper:
         return _way_up(self._key(first_output_of(node)), self._view)[0] is not None
 
 
-def _drop_constants(view: Graph, scope: tuple[str, ...], graph: GraphProto, unwanted: set[str]) -> None:
+def drop_constants(view: Graph, scope: tuple[str, ...], graph: GraphProto, unwanted: set[str]) -> None:
     """Take out those constants, with what makes them, that are made in this graph and that nobody reads any more."""
 
     def may_go(name: str) -> bool:
@@ -485,7 +485,7 @@ def _drop_constants(view: Graph, scope: tuple[str, ...], graph: GraphProto, unwa
         drop_items(graph.node, gone, first_output_of)
         drop_items(graph.value_info, gone)
     gone = {tensor.name for tensor in graph.initializer if may_go(tensor.name)}
-    for items in (graph.initializer, graph.input):
+    for items in (graph.initializer, graph.input, graph.value_info):
         drop_items(items, gone)
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from typing import Any
 
+from numpy.typing import NDArray
 from onnx import ModelProto
 
 from .calibration.feeds import Batch
-from .calibration.sessions import Progress
+from .calibration.sessions import Progress, Session
 from .calibration.statistics import Origin, Statistics
-from .comparison import Comparison, compare_models
+from .comparison import Comparison, compare_runners
 from .edges import Plan
 from .errors import QdqError
 from .insertion import insert_pairs
@@ -33,6 +35,10 @@ VERSION = version("qdq-surgeon")
 NO_SCALES = Scales("none", Origin(("no data",), "", 0), "", {})
 MEASURED = 8
 """How many samples tell which ops add most to the error."""
+TRIED_ON = 64
+"""How many batches tell whether an SQNR is reached; an agreement takes all that there are."""
+REMEMBERED = 256 << 20
+"""How many bytes of the float model's outputs are kept from one trial to the next."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +65,22 @@ class Result:
         """What was chosen and corrected on the calibration samples, to be printed."""
         return tuple(done for done in (self.choice, self.mixed, self.rounding, self.correction) if done)
 
+    @property
+    def missed(self) -> str:
+        """In words that the target is missed on the samples of the comparison; empty where it is not."""
+        if self.mixed is None or self.comparison is None:
+            return ""
+        found = self.comparison
+        numbers = self.mixed.target.missed_by(found.sqnr, found.agreement, found.scores[1] if found.scores else None)
+        samples = "the samples held out" if found.held_out else "the samples of the comparison"
+        return f"the target {self.mixed.target} is missed on {samples}: {numbers}" if numbers else ""
+
     def __str__(self) -> str:
         lines = [next(self.plan.lines()), *self.notes]
         lines += [f"{edge} stays float: {reason}" for edge, reason in self.scales.dropped.items()]
         lines += map(str, self.refinements)
-        return "\n".join(lines) + (f"\n\n{self.comparison}" if self.comparison else "")
+        compared = [f"\n{self.comparison}"] if self.comparison else []
+        return "\n".join((*lines, *compared, *([self.missed] if self.missed else [])))
 
 
 def inserted(source: Model, plan: Plan, scales: Scales) -> ModelProto:
@@ -124,6 +141,8 @@ class Maker:
     def _corrected(self, result: Result) -> Result:
         plan, scales, model = result.plan, result.scales, result.model
         done = correct_biases(self.source, plan, model, self.samples, self.progress)
+        if not done.candidates:
+            return result
         if done.shifts:
             weights = result.rounding.weights if result.rounding else None
             model = insert_pairs(self.source, plan, scales, VERSION, done.shifts, weights)
@@ -144,22 +163,31 @@ class Maker:
     def to_target(self, target: Target, samples: Sequence[Batch], seen: Sequence[Batch], score: Score | None) -> Result:
         """The result with as many ops in float as the target takes.
 
-        The error of the ops is measured on some of the `samples`, the target judged on all calibration samples, `seen`.
+        The error of the ops is measured on some of the `samples`, the target judged on calibration samples, `seen`.
+        Raises QdqError where the model has no such output as the target is for.
         """
         if self.replan is None:
             raise QdqError("a target needs to plan again: give `replan`, or call quantize")
         source = self.source
         bare = inserted(source, self.plan, self.choose(self.plan))
         noises = measure(source, self.plan, bare, evenly(samples, MEASURED), self.progress).ops
+        judges = seen if target.agreement is not None else evenly(seen, TRIED_ON)
+        reference = _Remembering(Session(source.original, custom_ops=source.custom_ops))
+        made: dict[Ops, Result] = {}
 
         def reaches(floats: Ops) -> bool:
-            model = self.make(floats).model
-            found = compare_models(source.original, model, seen, "", None, custom_ops=source.custom_ops)
-            value = scored(score, model, source.custom_ops) if score else None
-            return target.is_reached(found.sqnr, found.agreement, value)
+            result = self.make(floats)
+            session = Session(result.model, simulate=True, custom_ops=source.custom_ops)
+            found = compare_runners(reference, session, judges, "the calibration samples", None)
+            _check_judged(target, found)
+            value = scored(score, result.model, source.custom_ops) if target.score is not None and score else None
+            if target.is_reached(found.sqnr, found.agreement, value):
+                made.clear()
+                made[floats] = result
+            return floats in made
 
-        floats, mixed = keep_float(target, noises, reaches, number_of(seen))
-        return replace(self.make(floats), mixed=mixed)
+        floats, mixed = keep_float(target, noises, reaches, number_of(judges))
+        return replace(made.get(floats) or self.make(floats), mixed=mixed)
 
     def errors_of(self, result: Result, samples: Sequence[Batch]) -> tuple[TensorError, ...]:
         """The errors of the ops: noted while biases were corrected, else along a walk."""
@@ -168,3 +196,34 @@ class Maker:
         if not samples or not result.plan.adds_pairs:
             return ()
         return trace(self.source, result.plan, result.model, evenly(samples, MEASURED))
+
+
+class _Remembering:
+    """Runs a model once on every batch and, as far as its outputs fit, gives them again without a run."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._known: dict[int, list[list[NDArray[Any]]]] = {}
+        self._room = REMEMBERED
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return self._session.outputs
+
+    def run(self, batch: Batch, names: Sequence[str]) -> list[list[NDArray[Any]]]:
+        if id(batch) in self._known:
+            return self._known[id(batch)]
+        found = self._session.run(batch, names)
+        size = sum(getattr(array, "nbytes", 0) for arrays in found for array in arrays)
+        if size <= self._room:
+            self._room -= size
+            self._known[id(batch)] = found
+        return found
+
+
+def _check_judged(target: Target, found: Comparison) -> None:
+    """Refuse a target that the model's outputs give no number for."""
+    if target.agreement is not None and found.agreement is None:
+        raise QdqError("a target agreement needs class scores, which no output looks like: use a target SQNR")
+    if target.sqnr is not None and not found.outputs:
+        raise QdqError("a target SQNR needs an output that is a tensor of numbers, which the model has not")

@@ -74,6 +74,8 @@ def quantize(
     Raises QdqError, or one of its kinds, for whatever does not fit.
     """
     source = load(model, requantize=requantize)
+    include, exclude = entries(include), entries(exclude)
+    op_types = op_types if isinstance(op_types, str) else list(op_types)
 
     def planned(floats: Ops) -> Plan:
         return plan(
@@ -81,8 +83,9 @@ def quantize(
             placement=placement,
             predicates=predicates,
             include=include,
-            exclude=(*entries(exclude), *sorted(floats)),
+            exclude=exclude,
             op_types=op_types,
+            floats=floats,
         )
 
     return apply(source, planned(frozenset()), data, replan=planned, **options)
@@ -157,6 +160,8 @@ def apply(
     poor data is logged as warnings. See `quantize`.
     """
     target = Target(float_worst, target_sqnr, target_agreement, target_score)
+    if target_score is not None and score is None:
+        raise QdqError("a target score needs a score: give `score`, a function that measures a model")
     source = load(model)
     check_plan(source, the_plan)
     if not the_plan.adds_pairs:
@@ -282,18 +287,20 @@ def plan(
     include: Selection = (),
     exclude: Selection = (),
     op_types: Iterable[str] = (),
+    floats: Ops = frozenset(),
 ) -> Plan:
     """Decide where pairs go, and why. Needs no data.
 
     `placement` is a preset's name, a .toml file, or several separated by commas; `predicates` adds conditions of
     your own by name. `include`, `exclude` and `op_types` are vetoes: names, globs, or (not op_types) a function of
-    the node. Pairs that the model comes with are in the plan by the rule `in-model`; load it with `requantize` to
+    the node. `floats` are nodes, by their first outputs, that stay float for a target: as `apply` gives them to
+    `replan`. Pairs that the model comes with are in the plan by the rule `in-model`; load it with `requantize` to
     leave them out. Raises PlacementError, FilterError, or ModelError for a model that is quantized in operator form.
     """
     source = load(model)
     _check_is_float(source)
     rules = load_placement(placement, predicates)
-    return make_plan(source, rules, vetoed(source.graph, include, exclude, op_types))
+    return make_plan(source, rules, vetoed(source.graph, include, exclude, op_types), floats)
 
 
 def calibrate(
@@ -365,7 +372,7 @@ def sensitivity(
     _warn(source, statistics, method)
     bare = insert(source, the_plan, choose(source, the_plan, statistics, method))
     some = evenly(fitting_samples(source, split.seen, memory), measured)
-    return measure(source, the_plan, bare, some, progress)
+    return replace(measure(source, the_plan, bare, some, progress), data=split.feeds.source)
 
 
 def choose(model: Source, the_plan: Plan, statistics: Statistics, method: str = DEFAULT_METHOD) -> Scales:

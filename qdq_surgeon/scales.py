@@ -23,6 +23,7 @@ from .edges import IN_MODEL, LEVELS, Edge, Plan, Site
 from .errors import DataError, ModelError, PlanError
 from .graph import HALF_TYPES, Graph
 from .model import Model
+from .rules.commuting import moved_from
 from .rules.planner import check_plan
 
 SMALLEST_NORMAL: dict[int, float] = {
@@ -70,7 +71,7 @@ class Scales:
 
 def tensors_to_calibrate(plan: Plan) -> tuple[str, ...]:
     """The activations whose statistics `choose_scales` needs: one for each run of data movement of unknown range."""
-    chains = _Chains(plan)
+    chains = Chains(plan)
     activations = [site for site in plan.sites if not site.weight]
     known = {chains.tops[site.tensor] for site in activations if site.range}
     unknown = (site for site in activations if not site.is_in_model and chains.tops[site.tensor] not in known)
@@ -93,8 +94,9 @@ def choose_scales(model: Model, plan: Plan, statistics: Statistics, method: str 
     if statistics.model_digest != model.digest:
         raise PlanError("the statistics belong to another model: calibrate this one")
     threshold = range_method(method)
-    idle = _never_held(plan, statistics)
-    groups = _Groups(plan, statistics, threshold, idle)
+    found = _statistics_of(model.graph, plan, statistics)
+    idle = frozenset(base for base, statistic in found.items() if statistic.is_empty)
+    groups = _Groups(plan, found, threshold)
     dropped = _edges_without_range(model.graph, plan, idle) | _edges_out_of_reach(model, plan)
     dropped |= dict(groups.drop_what_cannot_share())
     amax: dict[str, float] = groups.thresholds()
@@ -114,15 +116,25 @@ def _scale(graph: Graph, site: Site, amax: Mapping[str, float]) -> NDArray[Any]:
     return to_scale(limits, graph.element_type(site.tensor) or TensorProto.FLOAT)
 
 
-def _never_held(plan: Plan, statistics: Statistics) -> frozenset[str]:
-    """The tensors without a single value: in control-flow bodies that calibration never reached, or always empty."""
-    tensors = statistics.tensors
-    return frozenset(name for name in tensors_to_calibrate(plan) if name in tensors and tensors[name].is_empty)
+def _statistics_of(graph: Graph, plan: Plan, statistics: Statistics) -> dict[str, Statistic]:
+    """The statistic of each tensor to calibrate: its own, or that of the nearest tensor whose values it holds.
+
+    A plan with more ops in float may have a pair behind a MaxPool and none before it, where there was one.
+    """
+    found = {}
+    for base in tensors_to_calibrate(plan):
+        name: str | None = base
+        while name is not None and name not in statistics.tensors:
+            name = moved_from(name, graph)
+        if name is None:
+            raise PlanError(f"the statistics lack the tensor '{base}': calibrate with this plan")
+        found[base] = statistics.tensors[name]
+    return found
 
 
 def _edges_without_range(graph: Graph, plan: Plan, idle: frozenset[str]) -> dict[Edge, str]:
     """The edges that stay float for want of a range, with all others of the same nodes: none is half quantized."""
-    bases = _Chains(plan).bases
+    bases = Chains(plan).bases
     reads = [(base, read) for site in plan.sites if (base := bases.get(site.tensor)) in idle for read in site.added]
     skipped = (read.edge for base, read in reads if base and graph.home(base)[0])
     empty = (read.edge for base, read in reads if base and not graph.home(base)[0])
@@ -163,7 +175,7 @@ def to_scale(amax: NDArray[Any], element_type: int) -> NDArray[Any]:
     return np.asarray((scale.view(np.uint16) + below.astype(np.uint16)).view(scale.dtype))
 
 
-class _Chains:
+class Chains:
     """Which tensors hold the same values: each site follows its source, up to a tensor without one."""
 
     def __init__(self, plan: Plan) -> None:
@@ -185,12 +197,10 @@ class _Chains:
 class _Groups:
     """Union-find over the tops of the chains; each group will have one scale."""
 
-    def __init__(
-        self, plan: Plan, statistics: Statistics, threshold: RangeMethod, idle: frozenset[str] = frozenset()
-    ) -> None:
+    def __init__(self, plan: Plan, statistics: Mapping[str, Statistic], threshold: RangeMethod) -> None:
         self._plan = plan
         self._threshold = threshold
-        self._chains = _Chains(plan)
+        self._chains = Chains(plan)
         self._parents: dict[str, str] = {}
         self._statistics: dict[str, list[Statistic]] = defaultdict(list)
         self._reaches: dict[str, float] = {}
@@ -198,11 +208,8 @@ class _Groups:
         came = [site.tensor for site in plan.sites if site.is_in_model and not site.weight]
         self._given = {tensor: self._known[tensor] for tensor in came if tensor in self._known}
         self._apart = {tensor for tensor in came if tensor not in self._known}
-        for base in tensors_to_calibrate(plan):
-            statistic = statistics.tensors.get(base)
-            if statistic is None:
-                raise PlanError(f"the statistics lack the tensor '{base}': calibrate with this plan")
-            if base in idle:
+        for base, statistic in statistics.items():
+            if statistic.is_empty:
                 continue
             if not statistic.count:
                 raise DataError(f"'{base}' never held a finite number during calibration: check data and model")

@@ -6,48 +6,58 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from .existing import graphs_of, is_linear, names_read, replace_items
-from .graph import Graph
+from .existing import DEFAULT_AXIS, drop_constants, drop_items, graphs_of, is_linear
+from .graph import Graph, Node, first_output_of
 
 
 def store_weights(quantized: ModelProto) -> ModelProto:
-    """A copy of a Q/DQ model in which no QuantizeLinear reads a constant: what it made is an initializer.
+    """A copy of a Q/DQ model in which no QuantizeLinear to 8 bits reads a constant: what it made is an initializer.
 
-    Source of the rounding: ONNX's QuantizeLinear, half to even, saturated to -128..127.
+    One whose scale or zero point is computed, or that has a scale per block, stays.
+    Source of the rounding: ONNX's QuantizeLinear, half to even, saturated.
     """
     view = Graph(quantized, deep=True)
     proto = ModelProto()
     proto.CopyFrom(quantized)
-    for scope, graph in graphs_of(proto.graph):
-        stored = [node for node in graph.node if _is_weight(view, scope, node)]
-        for node in stored:
-            graph.initializer.append(numpy_helper.from_array(_integers(view, scope, node), node.output[0]))
-        gone = {node.output[0] for node in stored}
-        replace_items(graph.node, [node for node in graph.node if node.output[0] not in gone])
-    _drop_unread(proto.graph, {name for node in view.nodes if is_linear(node.proto) for name in node.inputs[:1]})
+    graphs = list(reversed(list(graphs_of(proto.graph))))
+    left_over: set[str] = set()
+    for scope, graph in graphs:
+        nodes = (view.producer(view.key(scope, first_output_of(node))) for node in graph.node)
+        found = ((node, _integers(view, node)) for node in nodes if node and is_linear(node.proto, "QuantizeLinear"))
+        stored = {node.proto.output[0]: values for node, values in found if values is not None}
+        left_over |= {
+            view.key(scope, name) for node in graph.node if first_output_of(node) in stored for name in node.input
+        }
+        drop_items(graph.node, stored, first_output_of)
+        graph.initializer.extend(numpy_helper.from_array(values, name) for name, values in stored.items())
+    for scope, graph in graphs:
+        drop_constants(view, scope, graph, left_over)
     return proto
 
 
-def _is_weight(view: Graph, scope: tuple[str, ...], node: NodeProto) -> bool:
-    return is_linear(node, "QuantizeLinear") and view.is_constant(view.key(scope, node.input[0]))
-
-
-def _integers(view: Graph, scope: tuple[str, ...], node: NodeProto) -> NDArray[Any]:
-    value, scale, zero = (view.value(view.key(scope, name)) for name in node.input)
-    axis = next((item.i for item in node.attribute if item.name == "axis"), 1)
+def _integers(view: Graph, node: Node) -> NDArray[Any] | None:
+    """What a QuantizeLinear makes, where it is 8-bit integers and follows from constants, with a scale per channel."""
+    value, scale = (view.known_value(name) for name in node.inputs[:2])
+    zero = _zero_point(view, node)
+    if value is None or scale is None or zero is None or zero.dtype not in (np.int8, np.uint8):
+        return None
     shape = [1] * value.ndim
     if scale.size > 1:
+        axis = node.attribute("axis")
+        axis = DEFAULT_AXIS if axis is None else axis
+        if scale.ndim > 1 or value.shape[axis] != scale.size:
+            return None
         shape[axis] = scale.size
     bounds = np.iinfo(zero.dtype)
-    levels = np.rint(value.astype(np.float32) / scale.astype(np.float32).reshape(shape)) + zero.reshape(shape)
+    levels = np.rint(value.astype(np.float32) / scale.astype(np.float32).reshape(shape))
+    levels += zero.reshape(shape if zero.size > 1 else [1] * value.ndim)
     return np.asarray(np.clip(levels, bounds.min, bounds.max), zero.dtype)
 
 
-def _drop_unread(graph: GraphProto, candidates: set[str]) -> None:
-    """Take out the float weights that nobody reads any more, and what declares them."""
-    read = {name for node in graph.node for name in names_read(node)} | {output.name for output in graph.output}
-    gone = candidates - read
-    for field in (graph.initializer, graph.input, graph.value_info):
-        replace_items(field, [item for item in field if item.name not in gone])
+def _zero_point(view: Graph, node: Node) -> NDArray[Any] | None:
+    if any(node.inputs[2:]):
+        return view.known_value(node.inputs[2])
+    kind = node.attribute("output_dtype") or TensorProto.UINT8
+    return np.zeros((), helper.tensor_dtype_to_np_dtype(kind))

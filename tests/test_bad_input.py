@@ -239,7 +239,7 @@ INTERRUPTED = {
     "Ctrl-C while it plans": "qdq_surgeon.pipeline.make_plan",
     "Ctrl-C while it calibrates": "qdq_surgeon.calibration.collection._pieces",
     "Ctrl-C while it chooses scales": "qdq_surgeon.pipeline.choose_scales",
-    "Ctrl-C while it inserts": "qdq_surgeon.pipeline.insert_pairs",
+    "Ctrl-C while it inserts": "qdq_surgeon.making.insert_pairs",
     "Ctrl-C while it compares": "qdq_surgeon.comparison._Measured.add",
     "Ctrl-C while it writes": "qdq_surgeon.storage._bytes",
 }

@@ -185,7 +185,6 @@ def test_stripping_both_of_a_shared_bias():
     assert strip_pairs(moved) == MODELS["shared"]
 
 
-@pytest.mark.xfail(strict=True, reason="the empty input slot of an absent bias is cut off, not left empty")
 def test_stripping_leaves_an_empty_slot_empty():
     proto = model(ABSENT)
     proto.graph.node[0].input.append("")
@@ -228,9 +227,6 @@ def test_a_partial_strip_restores_only_the_chosen_bias(chosen):
     [
         pytest.param(
             "y",
-            marks=pytest.mark.xfail(
-                strict=True, reason="the restored op reads the shared name, which holds the other op's shifted bias"
-            ),
         ),
         "z",
     ],
@@ -332,7 +328,6 @@ BROKEN = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="a record is believed without checking that what it names or holds is a bias")
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_record_that_would_break_the_model_leaves_the_bias_as_it_is(name):
     moved = with_record(BROKEN[name])

@@ -209,7 +209,6 @@ POOLED = """g (float[N,16,8,8] x) => (float[N,16,4,4] s)
 }"""
 
 
-@pytest.mark.xfail(strict=True, reason="'the statistics lack the tensor': they hold one tensor for each run of pooling")
 def test_a_target_beside_statistics_of_a_calibration(folder, capsys):
     """Where a MaxPool and what it reads share a scale, a plan with the first in float needs the other's statistic."""
     onnx.save(model(POOLED), "pooled.onnx")
@@ -218,9 +217,6 @@ def test_a_target_beside_statistics_of_a_calibration(folder, capsys):
     assert (done.code, done.err) == (0, "")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the first output is looked up among node names too: an op that is called so goes"
-)
 def test_ops_that_are_called_like_other_ops_outputs(folder, capsys):
     proto = model(NET)
     for node in proto.graph.node:
@@ -377,7 +373,6 @@ IGNORED = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="taken, and ignored or misread without a word")
 @pytest.mark.parametrize("case", IGNORED)
 def test_what_would_be_ignored_is_refused(case, folder, capsys):
     more, name = IGNORED[case]
@@ -494,7 +489,6 @@ def test_names_with_markup_do_no_harm(folder, capsys):
     check_chart(Path("n.svg").read_text(encoding="utf-8"), ["evil & <b>.onnx"])
 
 
-@pytest.mark.xfail(strict=True, raises=ET.ParseError, reason="control characters are no XML, escaped or not")
 def test_names_with_control_characters_do_no_harm(folder, capsys):
     proto = model(NET)
     for node in proto.graph.node:
@@ -536,7 +530,6 @@ def test_a_model_with_pairs_needs_requantize(folder, capsys):
     assert sensitivity(capsys, "model.qdq.onnx", *DATA, "--requantize").code == 0
 
 
-@pytest.mark.xfail(strict=True, reason="no word that the figures come from made-up inputs")
 def test_sensitivity_on_made_up_inputs_says_so(folder, capsys):
     done = sensitivity(capsys, "model.onnx")
     assert "MADE-UP INPUTS" in done.err

@@ -5,9 +5,9 @@
 Calibration and measuring samples are disjoint unless --all is given. Agreement is the share of samples on which INT8
 and FP32 choose the same class; its standard error is printed, because on 500 samples a point is noise. SQNR is that of
 the class scores before a last Softmax, each sample centred. Coverage: weighted ops that read both inputs through a
-pair. Seconds are those of the whole job, from the file to the model. All models are simulated alike, every pair rounding
-where it stands. onnxruntime is asked for what TensorRT takes: symmetric INT8, weights per channel, float biases.
-ModelOpt is measured where it is installed.
+pair. Seconds are those of the whole job, from the file to the model. All models are simulated alike, every pair
+rounding where it stands. onnxruntime is asked for what TensorRT takes: symmetric INT8, weights per channel, float
+biases. ModelOpt is measured where it is installed.
 """
 
 from __future__ import annotations

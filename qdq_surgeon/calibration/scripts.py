@@ -8,6 +8,7 @@ import runpy
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,19 @@ def script_file(text: str | Path) -> Path | None:
     return Path(match["path"]) if match else None
 
 
-def script_score(script: str | Path) -> Callable[[Any], float]:
+@dataclass(frozen=True)
+class ScriptScore:
+    """A script's function that measures a model. Raises DataError for whatever goes wrong in it, with its line."""
+
+    path: Path
+    function: Callable[[Any], float]
+
+    def __call__(self, run: Any) -> float:
+        with _running(self.path):
+            return self.function(run)
+
+
+def script_score(script: str | Path) -> ScriptScore:
     """The function that a script measures a model by: `score(run)`, or `my_func` where 'score.py:my_func' is given.
 
     Raises DataError for whatever goes wrong in the script, with its line.
@@ -33,12 +46,7 @@ def script_score(script: str | Path) -> Callable[[Any], float]:
     path, function = _named(script, DEFAULT_SCORE)
     with _running(path):
         defined = _defined(path, function, "Write one that takes `run` and returns a number, higher is better")
-
-    def score(run: Any) -> float:
-        with _running(path):
-            return defined(run)  # type: ignore[no-any-return]
-
-    return score
+    return ScriptScore(path, defined)
 
 
 def script_data(script: str | Path) -> Iterable[Mapping[str, Any]]:

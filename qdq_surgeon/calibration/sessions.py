@@ -64,10 +64,6 @@ class Session:
         options.log_severity_level = _QUIET
         options.intra_op_num_threads = threads
         options.enable_cpu_mem_arena = not lean
-        disabled = []
-        if simulate:
-            options.add_session_config_entry("session.disable_quant_qdq", "1")
-            disabled = ["WeightBiasQuantization"]
         if as_is:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if save_to:
@@ -79,7 +75,13 @@ class Session:
             _register(options, library)
         providers = _providers(provider)
         in_memory = isinstance(model, ModelProto) and fits_in_one_file(model)
-        if mapped or (isinstance(model, ModelProto) and not in_memory):
+        mapped = mapped or (isinstance(model, ModelProto) and not in_memory)
+        disabled = ["WeightBiasQuantization"] if simulate else []
+        if simulate and mapped:  # what else keeps the pairs would fold the weights behind them into float copies
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        elif simulate:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        if mapped:
             options.add_session_config_entry("session.disable_prepacking", "1")
         with contextlib.ExitStack() as opened:
             if isinstance(model, Path):

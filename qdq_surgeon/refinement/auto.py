@@ -21,7 +21,10 @@ CANDIDATES = (DEFAULT_METHOD, "max", "percentile:99.999", "percentile:99.99", "e
 
 @dataclass(frozen=True, slots=True)
 class MethodChoice:
-    """The method chosen, the `best` of those tried on `tried` samples, and what it and the default gave on others."""
+    """The method chosen, the `best` of those tried on `tried` samples, and what it and the default gave on others.
+
+    `judged` is the number of the others; 0: the same ones.
+    """
 
     method: str
     best: str
@@ -36,7 +39,8 @@ class MethodChoice:
             return found
         against = f"{self.sqnr:.1f} dB against {self.default_sqnr:.1f} dB by {DEFAULT_METHOD}"
         kept = "" if self.method == self.best else f", so {DEFAULT_METHOD} is kept"
-        return f"{found}; {against} on {count(self.judged, 'other')}{kept}"
+        others = count(self.judged, "other") if self.judged else "the same"
+        return f"{found}; {against} on {others}{kept}"
 
 
 def best_method(
@@ -48,19 +52,18 @@ def best_method(
     """Try every method; `build` makes the Q/DQ model with it."""
     results = judged(model.graph)
     chosen_on, judging = parted(samples)
-    models = {method: build(method) for method in CANDIDATES}
-    errors = {}
-    for method, quantized in models.items():
-        errors[method] = relative_error(walk(model, quantized, chosen_on, results))
+    errors: dict[str, float] = {}
+    for method in CANDIDATES:
+        errors[method] = relative_error(walk(model, build(method), chosen_on, results))
         if progress:
-            progress(AUTO, len(errors), len(models))
-    best = min(errors, key=lambda method: (errors[method], method != DEFAULT_METHOD))
-    ours, default = (relative_error(walk(model, models[method], judging, results)) for method in (best, DEFAULT_METHOD))
+            progress(AUTO, len(errors), len(CANDIDATES))
+    best = min(errors, key=lambda method: errors[method])
+    ours, default = (relative_error(walk(model, build(method), judging, results)) for method in (best, DEFAULT_METHOD))
     return MethodChoice(
         best if ours <= default else DEFAULT_METHOD,
         best,
         number_of(chosen_on),
-        number_of(judging),
+        number_of(samples) - number_of(chosen_on),
         decibels(ours),
         decibels(default),
     )

@@ -22,7 +22,7 @@ from ..edges import GRAPH_OUTPUT, Edge, Plan, count
 from ..graph import Graph, Node
 from ..model import Model
 from .judging import decibels, judged, parted, relative_error
-from .lockstep import Both, walk
+from .lockstep import Both, results_of, walk
 from .trace import TensorError, Trace
 
 Array: TypeAlias = NDArray[Any]
@@ -106,11 +106,12 @@ def targets(graph: Graph, plan: Plan) -> Iterator[Target]:
 
     Not those inside bodies, of which the samples cannot be told apart, and not those that are computed.
     """
-    quantized = {edge.key for site in plan.sites for edge in site.edges if not edge.scope}
+    edges = {edge for site in plan.sites for edge in site.edges if not edge.scope}
+    quantized = {edge.key for edge in edges}
     for node in graph.nodes:
         if node.first_output in quantized and not node.scope:
             target = _target(graph, node)
-            if target is not None:
+            if target is not None and target.edge not in edges:
                 yield target
 
 
@@ -173,15 +174,20 @@ def _only_reader(graph: Graph, tensor: str) -> Node | None:
 
 
 def _made(graph: Graph, weighted: Node, node: Node, slot: int, bias: str, channels: int, axis: int) -> Target:
-    low, high = _bounds(graph, node.first_output, channels)
+    low, high = _bounds(graph, node.first_output, channels, axis)
     return Target(weighted, node, slot, bias, node.first_output, channels, axis, low, high)
 
 
-def _bounds(graph: Graph, tensor: str, channels: int) -> tuple[Array, Array]:
+def _bounds(graph: Graph, tensor: str, channels: int, axis: int) -> tuple[Array, Array]:
     """Between which values of the tensor the activation behind it lets changes through, per channel."""
     gain, offset = np.ones(channels, np.float32), np.zeros(channels, np.float32)
     reader = _only_reader(graph, tensor)
-    if reader is not None and reader.op == NORMALIZATION and all(map(graph.is_constant, reader.inputs[1:])):
+    if (
+        reader is not None
+        and reader.op == NORMALIZATION
+        and axis == 1
+        and all(map(graph.is_constant, reader.inputs[1:]))
+    ):
         scale, shift, mean, variance = (graph.value(name).astype(np.float32) for name in reader.inputs[1:5])
         gain = scale / np.sqrt(variance + reader.attribute("epsilon"))
         offset = shift - gain * mean
@@ -201,7 +207,7 @@ def _clip(graph: Graph, node: Node | None) -> tuple[float, float]:
     bounds = [graph.known_value(name) if name else None for name in (*node.inputs[1:], "", "")[:2]]
     if any(name and value is None for name, value in zip(node.inputs[1:], bounds, strict=False)):
         return -np.inf, np.inf
-    low, high = (None if value is None else float(value) for value in bounds)
+    low, high = (None if value is None else value.item() for value in bounds)
     return -np.inf if low is None else low, np.inf if high is None else high
 
 
@@ -257,10 +263,14 @@ def correct_biases(
     Most of the samples are fitted on; on the others each shift must help, and all of them together.
     """
     found = {target.tensor: target for target in targets(model.graph, plan)}
+    results = judged(model.graph)
+    if not found or not results:
+        return BiasCorrection()
     fitted = len(parted(samples)[0])
     values: dict[Edge, Array] = {}
     noted = Trace(model.graph, plan)
-    stops = dict.fromkeys((*found, *noted.stops))
+    added_to = {target.weighted.first_output for target in found.values() if target.weighted is not target.node}
+    stops = dict.fromkeys((*found, *(name for name in noted.stops if name not in added_to)))
     passed = 0
 
     def visit(both: Both) -> None:
@@ -270,15 +280,15 @@ def correct_biases(
         if target and shift.any():
             values[target.edge] = shift
             _add(shift, target, both.int8)
-        noted.visit(both)
+        noted.visit(both, target.weighted.first_output if target else "")
         passed += 1
         if progress:
             progress("correct", passed, len(stops))
 
-    results = judged(model.graph)
     after = walk(model, quantized, samples, results, stops, visit)
     unseen = slice(fitted if fitted < len(samples) else 0, None)
-    before = walk(model, quantized, parted(samples)[1], results)
+    plain = results_of(model, quantized, parted(samples)[1], results)
+    before = [Both(both.name, both.float[unseen], arrays) for both, arrays in zip(after, plain, strict=True)]
     return BiasCorrection(
         values,
         len(found),
@@ -300,10 +310,9 @@ def _fitted(target: Target, both: Both, fitted: int) -> Array:
         return shift
     left, right = np.concatenate(expected[fitted:], 1), np.concatenate(actual[fitted:], 1)
     left = left.clip(target.low[:, None], target.high[:, None])
-    before, after = (
-        _loss(left, right + by[:, None], target.low, target.high).sum() for by in (np.zeros_like(shift), shift)
-    )
-    return shift if after < before else np.zeros_like(shift)
+    before, after = (_loss(left, right + by[:, None], target.low, target.high) for by in (np.zeros_like(shift), shift))
+    ratios = after[before > 0] / before[before > 0]
+    return shift if ratios.size and ratios.mean() < 1 else np.zeros_like(shift)
 
 
 def _add(shift: Array, target: Target, arrays: Sequence[NDArray[Any]]) -> None:

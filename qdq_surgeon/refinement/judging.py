@@ -18,12 +18,13 @@ Array: TypeAlias = NDArray[np.float64]
 SQUASHING = frozenset({"Softmax", "LogSoftmax", "Sigmoid"})
 """Behind these an error shows only where it flips a decision, so the judging is done before them."""
 PASSING = frozenset({"Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Cast"})
+PICKING = frozenset({"ArgMax", "ArgMin", "TopK"})
 MOST_CHANNELS = 1024
 BEST = 120.0
 """dB: more is no difference."""
 
 
-JUDGED_EVERY = 4
+JUDGED_EVERY = 3
 """One sample in so many is not chosen or fitted on, and judges."""
 
 
@@ -39,19 +40,21 @@ def number_of(samples: Sequence[Batch]) -> int:
 
 
 def judged(graph: Graph) -> tuple[str, ...]:
-    """The tensors to judge by: the float outputs, or what they are before a last Softmax or Sigmoid."""
-    found = (_logits(graph, name) for name in graph.outputs if graph.is_float(name) and not graph.is_constant(name))
-    return tuple(dict.fromkeys(found))
+    """The float tensors to judge by: the outputs, or what they are before a last Softmax, Sigmoid, ArgMax or TopK."""
+    found = (_logits(graph, name) for name in graph.outputs if not graph.is_constant(name))
+    return tuple(dict.fromkeys(name for name in found if name))
 
 
-def _logits(graph: Graph, output: str) -> str:
+def _logits(graph: Graph, output: str) -> str | None:
     name, node = output, graph.producer(output)
-    while node is not None and not node.scope and node.op in PASSING and graph.is_float(node.inputs[0]):
+    while node is not None and not node.scope and node.op in PASSING | PICKING and node.inputs[0]:
         name = node.inputs[0]
         node = graph.producer(name)
-    if node is None or node.op not in SQUASHING or graph.producer(node.inputs[0]) is None:
+    if node is not None and node.op in SQUASHING and graph.producer(node.inputs[0]) is not None:
+        name = node.inputs[0]
+    elif graph.is_float(output):
         return output
-    return node.inputs[0]
+    return name if graph.is_float(name) and graph.producer(name) is not None else None
 
 
 def relative_error(boths: Iterable[Both], samples: slice = slice(None)) -> float:
@@ -72,36 +75,62 @@ def decibels(error: float) -> float:
 def channel_axis(shapes: Sequence[Sequence[int]]) -> int | None:
     """Along which axis an output holds different things; None for class scores, vectors and numbers.
 
-    The shorter one of axis 1 and the last, so that neither layout (channels first or last) need be told; among those
-    that are equally long in all samples.
+    Axis 1 or the last, so that neither layout (channels first or last) need be told: of images the one that leaves
+    sides more alike, of sequences the shorter one; only one that is equally long in all samples.
     """
     first = shapes[0]
     if len(first) < 3 or all(size == 1 for size in first[2:]):
         return None
     last = len(first) - 1
-    fixed = [axis for axis in (1, last) if len({shape[axis] for shape in shapes}) == 1 and first[axis] <= MOST_CHANNELS]
-    return min(fixed, key=lambda axis: first[axis], default=None)
+    alike = [axis for axis in (1, last) if len({shape[axis : axis + 1] for shape in map(tuple, shapes)}) == 1]
+    return min(
+        (axis for axis in alike if first[axis] <= MOST_CHANNELS), key=lambda axis: _oddity(first, axis), default=None
+    )
+
+
+def _oddity(shape: Sequence[int], axis: int) -> float:
+    """How unlike a channel axis it is."""
+    if len(shape) == 3:
+        return shape[axis]
+    sides = [size for index, size in enumerate(shape) if index not in (0, axis)]
+    return max(sides) / max(min(sides), 1)
 
 
 def _of_channels(expected: Sequence[NDArray[Any]], actual: Sequence[NDArray[Any]]) -> float:
     signal, noise = np.zeros(1), np.zeros(1)
     axis = channel_axis([array.shape for array in expected])
     for left, right in zip(expected, actual, strict=True):
-        powers, errors = _powers(left, right, axis)
-        signal, noise = signal + powers, noise + errors
+        if left.shape != right.shape:
+            return 1.0
+        left, right = (_centred(np.asarray(values, np.float64)) if axis is None else values for values in (left, right))
+        channels = powers(left, right, axis)
+        signal, noise = signal + channels[0], noise + channels[1]
     heard = (signal > 0) | (noise > 0)
     if not heard.any():
         return 0.0
-    share = np.where(np.isfinite(noise), noise, np.inf)[heard] / np.maximum(signal[heard], np.finfo(float).tiny)
-    return float(np.minimum(share, 1).mean())
+    with np.errstate(over="ignore", divide="ignore"):
+        return float(np.minimum(noise[heard] / signal[heard], 1).mean())
 
 
-def _powers(expected: NDArray[Any], actual: NDArray[Any], axis: int | None) -> tuple[Array, Array]:
-    """The power of the signal and of the error, per channel."""
+def powers(expected: NDArray[Any], actual: NDArray[Any], axis: int | None) -> tuple[Array, Array]:
+    """The power of the signal and of the error, per channel: (channels,), or (1,) without an axis.
+
+    What is not finite counts nothing where it is the same in both, else as an error without bound.
+    """
     left, right = np.asarray(expected, np.float64), np.asarray(actual, np.float64)
-    if axis is not None:
-        others = tuple(index for index in range(left.ndim) if index != axis)
-        return np.square(left).sum(others), np.square(left - right).sum(others)
-    if left.ndim >= 2 and left.shape[1] >= 2 and all(size == 1 for size in left.shape[2:]):
-        left, right = (values - values.mean(1, keepdims=True) for values in (left, right))
-    return np.square(left).sum(keepdims=True).reshape(1), np.square(left - right).sum(keepdims=True).reshape(1)
+    finite = np.isfinite(left) & np.isfinite(right)
+    same = (left == right) | (np.isnan(left) & np.isnan(right))
+    with np.errstate(invalid="ignore", over="ignore"):
+        signal = np.where(finite, np.square(left), 0.0)
+        noise = np.where(finite, np.square(left - right), np.where(same, 0.0, np.inf))
+    others = tuple(index for index in range(left.ndim) if index != axis)
+    return np.atleast_1d(signal.sum(others)), np.atleast_1d(noise.sum(others))
+
+
+def _centred(scores: Array) -> Array:
+    """Class scores without what all of a sample have in common, which changes no decision."""
+    if scores.ndim < 2 or scores.shape[1] < 2 or any(size != 1 for size in scores.shape[2:]):
+        return scores
+    if not np.isfinite(scores).all():
+        return scores
+    return np.asarray(scores - scores.mean(1, keepdims=True))

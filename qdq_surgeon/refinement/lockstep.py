@@ -20,6 +20,7 @@ import psutil
 from numpy.typing import NDArray
 from onnx import ModelProto
 
+from ..bfloat16 import widened
 from ..calibration.feeds import Batch
 from ..calibration.parts import Parts, leading_to, reads, size_of
 from ..calibration.sessions import Session
@@ -32,7 +33,7 @@ Array: TypeAlias = NDArray[Any]
 Values: TypeAlias = dict[str, Any]
 """What one sample has computed so far: tensors by name."""
 
-FEWEST, ENOUGH, MOST_SAMPLES = 4, 24, 64
+FEWEST, ENOUGH, MOST_SAMPLES = 4, 30, 64
 ONE_IN = 3
 """One sample in so many walks, but ENOUGH to MOST_SAMPLES of them: so it costs no more than the calibration did."""
 BUDGET = 256 << 20
@@ -71,7 +72,7 @@ def walk(
     of its own. Returns the tensors `results`.
     Raises ModelError or DataError where onnxruntime does not run a part.
     """
-    floats, pairs, stops = model.graph, Graph(quantized, deep=True), set(stops)
+    floats, pairs, stops = _view(model.proto, model.graph), _view(quantized), set(stops)
     nodes = leading_to(floats, results)
     parts = list(_parts(nodes, stops))
     with tempfile.TemporaryDirectory(prefix="qdq_surgeon.", ignore_cleanup_errors=True) as folder:
@@ -88,6 +89,24 @@ def walk(
             for name in stops.intersection(part[-1].outputs):
                 sides[1].replace(visit(sides[0].both(name, sides[1])) or {})
         return [sides[0].both(name, sides[1]) for name in results]
+
+
+def results_of(
+    model: Model, quantized: ModelProto, samples: Sequence[Batch], results: Sequence[str]
+) -> list[list[Array]]:
+    """What the Q/DQ model alone gives: for each of the tensors `results`, the arrays of all samples."""
+    graph = _view(quantized)
+    nodes = leading_to(model.graph, results)
+    with tempfile.TemporaryDirectory(prefix="qdq_surgeon.", ignore_cleanup_errors=True) as folder:
+        side = _Side(graph, model, Path(folder) / "int8", leading_to(graph, results), samples, simulate=True)
+        side.run(nodes, set(results))
+        return [side.arrays(name) for name in results]
+
+
+def _view(proto: ModelProto, known: Graph | None = None) -> Graph:
+    """A model in types that onnxruntime computes in; `known` is its graph as it is."""
+    wide = widened(proto)
+    return known if known and wide is proto else Graph(wide, deep=True)
 
 
 def _parts(nodes: Sequence[Node], stops: set[str]) -> Iterator[list[Node]]:
@@ -124,7 +143,10 @@ class _Side:
         self._values: list[Values] = [dict(sample.feed) for sample in samples]
 
     def both(self, name: str, other: _Side) -> Both:
-        return Both(name, [values[name] for values in self._values], [values[name] for values in other._values])
+        return Both(name, self.arrays(name), other.arrays(name))
+
+    def arrays(self, name: str) -> list[Array]:
+        return [values[name] for values in self._values]
 
     def replace(self, weights: Mapping[str, Array]) -> None:
         """Go on with other initializers."""
@@ -158,12 +180,10 @@ class _Side:
 
     def _with_pairs(self, part: Sequence[Node]) -> Iterator[Node]:
         """The nodes of a part on this side, each behind the pairs that it reads."""
-        done: set[str] = set()
         for node in part:
             own = self._nodes[node.first_output]
             for name in (*own.inputs, *own.captured):
-                yield from (pair for pair in self._pair(name) if pair.first_output not in done)
-                done.update(pair.first_output for pair in self._pair(name))
+                yield from self._pair(name)
             yield own
 
     def _pair(self, tensor: str) -> list[Node]:
@@ -235,8 +255,10 @@ def _is_joined(whole: Any, *parts: Any) -> bool:
     """True where the parts, one behind the other, are the whole but for rounding."""
     if not isinstance(whole, np.ndarray) or not whole.ndim:
         return False
+    if any(part.shape[1:] != whole.shape[1:] for part in parts) or sum(map(len, parts)) != len(whole):
+        return False
+    if whole.dtype.kind not in "biuf":
+        return True
     joined = np.concatenate(parts)
-    if joined.shape != whole.shape or whole.dtype.kind not in "biuf":
-        return bool(joined.shape == whole.shape)
     reach = float(np.max(np.abs(whole, dtype=np.float64), initial=0, where=np.isfinite(whole)))
     return bool(np.allclose(joined, whole, rtol=0, atol=ROUNDING * reach, equal_nan=True))

@@ -1,7 +1,9 @@
 """Where quantizing hurts: what every pair and every op alone adds to the error of the model's results.
 
-Pair by pair, the model runs with that one pair and all else in float. The errors of different pairs are taken as
-independent, so that their powers add up: an op's contribution is the sum over the pairs that it reads.
+Pair by pair, the model runs with that one pair and all else in float. Pairs between which only data moves round the
+same values, so they are one. The errors of different pairs are taken as independent, so that their powers add up: an
+op's contribution is the sum over the pairs that it reads, each divided equally among the ops that compute with it. An
+op that only moves data has none.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from ..graph import Graph, multiply_accumulates
 from ..model import Model
 from ..report.tables import decibels as in_decibels
 from ..report.tables import table
+from ..rules.commuting import commutes
+from ..scales import Chains
 from .judging import decibels, judged, relative_error
 from .lockstep import Both
 from .switches import Switched
@@ -28,7 +32,10 @@ SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class SiteNoise:
-    """One pair alone: the SQNR of the results in dB, and its part in the sum of all pairs' errors (0 to 1)."""
+    """One pair alone: the SQNR of the results in dB, and its part in the sum of all pairs' errors (0 to 1).
+
+    A pair that rounds again what another has rounded, with only data movement between, has its SQNR and no part.
+    """
 
     tensor: str
     axis: int | None
@@ -56,6 +63,7 @@ class Sensitivity:
     """Pairs and ops, worst first; `tensors` in the order of the graph, with all pairs at work.
 
     `sqnr`: that of the results with all pairs, in dB. `passes`: forward passes of the whole model for each sample.
+    `data`: where the samples come from.
     """
 
     sites: tuple[SiteNoise, ...]
@@ -64,6 +72,7 @@ class Sensitivity:
     sqnr: float
     samples: int
     passes: int
+    data: str = ""
 
     def __str__(self) -> str:
         head = (
@@ -98,8 +107,9 @@ def measure(
     results = judged(model.graph)
     switched = Switched(quantized, results, model.custom_ops)
     sites = _pairs_of(plan, Graph(quantized, deep=True), set(switched.pairs))
+    groups = _joined(plan, sites)
     expected = [switched.run(sample, ()) for sample in samples]
-    runs = [(pair,) for pair in sites] + [switched.pairs]
+    runs = [*groups, switched.pairs]
     errors = []
     for index, pairs in enumerate(runs):
         actual = [switched.run(sample, pairs) for sample in samples]
@@ -108,15 +118,14 @@ def measure(
         if progress:
             progress("sensitivity", index + 1, len(runs))
     total = sum(errors[:-1]) or 1.0
-    alone = dict(zip(sites, errors, strict=False))
     noises = [
-        SiteNoise(
-            site.tensor, site.axis, site.weight, tuple(map(str, site.edges)), decibels(alone[pair]), alone[pair] / total
-        )
-        for pair, site in sites.items()
+        _of_site(sites[pair], error, 0.0 if number else error / total)
+        for group, error in zip(groups, errors, strict=False)
+        for number, pair in enumerate(group)
     ]
     tensors = trace(model, plan, quantized, samples)
-    ops = _ops(model, sites, alone, total, samples[0])
+    shares = _shares(model.graph, [[sites[pair] for pair in group] for group in groups], errors, total)
+    ops = _ops(model, shares, samples[0])
     return Sensitivity(
         tuple(sorted(noises, key=lambda noise: -noise.share)),
         tuple(sorted(ops, key=lambda op: -op.share)),
@@ -139,14 +148,33 @@ def _pairs_of(plan: Plan, quantized: Graph, pairs: set[str]) -> dict[str, Site]:
     return found
 
 
-def _ops(
-    model: Model, sites: Mapping[str, Site], alone: Mapping[str, float], total: float, sample: Batch
-) -> Iterator[OpNoise]:
-    fed = model.graph.shapes_for(sample.shapes)
-    shares: dict[str, float] = {}
+def _joined(plan: Plan, sites: Mapping[str, Site]) -> list[tuple[str, ...]]:
+    """The pairs that are measured together: those between which only data moves, the first of them first."""
+    bases = Chains(plan).bases
+    groups: dict[str, list[str]] = {}
     for pair, site in sites.items():
-        for key in {edge.key for edge in site.edges}:
-            shares[key] = shares.get(key, 0.0) + alone[pair] / total
+        groups.setdefault(pair if site.weight else bases[site.tensor], []).append(pair)
+    return [tuple(sorted(group, key=lambda pair: sites[pair].tensor != base)) for base, group in groups.items()]
+
+
+def _of_site(site: Site, error: float, share: float) -> SiteNoise:
+    return SiteNoise(site.tensor, site.axis, site.weight, tuple(map(str, site.edges)), decibels(error), share)
+
+
+def _shares(graph: Graph, groups: Sequence[Sequence[Site]], errors: Sequence[float], total: float) -> dict[str, float]:
+    """Each op's part in the error, by its first output: of each pair an equal part with all that compute with it."""
+    shares: dict[str, float] = {}
+    for group, error in zip(groups, errors, strict=False):
+        readers = {edge.key: graph.reading_node(edge) for site in group for edge in site.edges}
+        computing = [key for key, node in readers.items() if node is not None and not commutes(node, graph)]
+        for key in readers:
+            part = error / total / len(computing) if key in computing else 0.0
+            shares[key] = shares.get(key, 0.0) + part
+    return shares
+
+
+def _ops(model: Model, shares: Mapping[str, float], sample: Batch) -> Iterator[OpNoise]:
+    fed = model.graph.shapes_for(sample.shapes)
     for node in model.graph.nodes:
         if node.first_output in shares:
             macs = multiply_accumulates(node, lambda name: fed.get(name) or model.graph.shape(name))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..edges import count
+from ..errors import QdqError
 from .sensitivity import OpNoise
 
 
@@ -13,12 +15,18 @@ class Target:
     """Keep the `worst` ops in float; or as many as it takes to reach all of these numbers that are not None.
 
     `sqnr` in dB and `agreement` from 0 to 1 are those of the worst output, as the comparison gives them.
+    Raises QdqError for a target that is no number.
     """
 
     worst: int = 0
     sqnr: float | None = None
     agreement: float | None = None
     score: float | None = None
+
+    def __post_init__(self) -> None:
+        for number in (self.sqnr, self.agreement, self.score):
+            if number is not None and not math.isfinite(number):
+                raise QdqError(f"a target must be a finite number, not {number:g}")
 
     @property
     def is_searched(self) -> bool:
@@ -28,9 +36,17 @@ class Target:
         return self.is_searched or self.worst > 0
 
     def is_reached(self, sqnr: float, agreement: float | None, score: float | None) -> bool:
-        """True where no number is below its target; an agreement or score that there is none of counts as reached."""
+        """True where no number is below its target, and there is one for each."""
         pairs = ((self.sqnr, sqnr), (self.agreement, agreement), (self.score, score))
-        return all(wanted is None or found is None or found >= wanted for wanted, found in pairs)
+        return all(wanted is None or (found is not None and found >= wanted) for wanted, found in pairs)
+
+    def missed_by(self, sqnr: float, agreement: float | None, score: float | None) -> str:
+        """The numbers that are below their targets, in words; empty where none is."""
+        found = (("SQNR", self.sqnr, sqnr), ("agreement", self.agreement, agreement), ("score", self.score, score))
+        below = ((name, wanted, number) for name, wanted, number in found if wanted is not None and number is not None)
+        return ", ".join(
+            f"{name} {number:.4g} instead of {wanted:g}" for name, wanted, number in below if number < wanted
+        )
 
     def __str__(self) -> str:
         wanted = (("SQNR", self.sqnr, " dB"), ("agreement", self.agreement, ""), ("score", self.score, ""))

@@ -12,7 +12,7 @@ from ..calibration.feeds import Batch
 from ..edges import Plan
 from ..graph import Graph, Node
 from ..model import Model
-from .judging import decibels
+from .judging import BEST, decibels
 from .lockstep import Both, walk
 
 WORST = 3
@@ -36,7 +36,7 @@ class TensorError:
     added: float
 
     def __str__(self) -> str:
-        before = "exact" if self.before >= self.sqnr + 100 else f"{self.before:.1f}"
+        before = "exact" if self.before >= BEST else f"{self.before:.1f}"
         return f"{self.op} ({before} -> {self.sqnr:.1f} dB)"
 
 
@@ -53,12 +53,15 @@ class Trace:
     def stops(self) -> tuple[str, ...]:
         return tuple(name for name in self._ops if self._graph.is_float(name))
 
-    def visit(self, both: Both) -> None:
-        if both.name not in self._ops:
+    def visit(self, both: Both, op: str = "") -> None:
+        """Note the error of a tensor as that of the op that makes it, or of `op`, whose bias was just added."""
+        op = op or both.name
+        if op not in self._ops:
             return
-        pairs = [(left, left - right) for left, right in zip(both.float, both.int8, strict=True)]
+        arrays = ((np.asarray(side, np.float32) for side in each) for each in zip(both.float, both.int8, strict=True))
+        pairs = [(left, left - right) for left, right in arrays]
         signal, noise = (sum(float(np.vdot(pair[side], pair[side])) for pair in pairs) for side in (0, 1))
-        self._errors[both.name] = noise / signal if signal else float(noise > 0)
+        self._errors[op] = noise / signal if signal else float(noise > 0)
 
     def result(self) -> tuple[TensorError, ...]:
         """In the order of the graph."""
@@ -82,8 +85,8 @@ def _error(node: Node, before: float, after: float) -> TensorError:
 def trace(model: Model, plan: Plan, quantized: ModelProto, samples: Sequence[Batch]) -> tuple[TensorError, ...]:
     """The errors along one walk over the samples."""
     noted = Trace(model.graph, plan)
-    stops = noted.stops
-    walk(model, quantized, samples, stops[-1:], stops, noted.visit)
+    outputs = [name for name in model.graph.outputs if model.graph.producer(name) and not model.graph.is_constant(name)]
+    walk(model, quantized, samples, outputs, noted.stops, noted.visit)
     return noted.result()
 
 

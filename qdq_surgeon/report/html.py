@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from html import escape
 from typing import TYPE_CHECKING
 
-from .chart import WEIGHT_BAR, Bar, bar_chart
+from .chart import WEIGHT_BAR, Bar, bar_chart, escaped
 from .tables import decibels
 
 if TYPE_CHECKING:
@@ -38,15 +37,15 @@ def audit_page(model: str, audit: Audit) -> str:
         state = "int8" if op.int8 else "float" if op.planned else "left"
         word = {"int8": "INT8", "float": "float", "left": "float, as planned"}[state]
         rows.append(
-            f'<tr><td><code>{escape(op.node)}</code></td><td class="{state}">{word}</td>'
-            f'<td class="number">{op.macs:,}</td><td>{escape(op.reason)}</td></tr>'
+            f'<tr><td><code>{escaped(op.node)}</code></td><td class="{state}">{word}</td>'
+            f'<td class="number">{op.macs:,}</td><td>{escaped(op.reason)}</td></tr>'
         )
-    conversions = "".join(f"<li>{escape(text)}</li>" for text in audit.conversions) or "<li>none</li>"
+    conversions = "".join(f"<li>{escaped(text)}</li>" for text in audit.conversions) or "<li>none</li>"
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Audit of {escape(model)}</title><style>{STYLE}</style></head><body>
-<h1>Audit of {escape(model)}</h1>
+<html lang="en"><head><meta charset="utf-8"><title>Audit of {escaped(model)}</title><style>{STYLE}</style></head><body>
+<h1>Audit of {escaped(model)}</h1>
 <p><strong>{done} of {len(audit.planned)}</strong> planned ops run in INT8 (INT8 data and INT8 weights).<br>
-Engine: {escape(str(audit.backend))}.</p>
+Engine: {escaped(str(audit.backend))}.</p>
 <h2>Engines</h2>
 {_table(heads, engines)}
 <h2>Weighted ops</h2>
@@ -79,9 +78,9 @@ def sensitivity_page(model: str, found: Sensitivity) -> str:
     ]
     along = [(error.op, decibels(error.before), decibels(error.sqnr), f"{error.added:.2%}") for error in found.tensors]
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Sensitivity of {escape(model)}</title>
+<html lang="en"><head><meta charset="utf-8"><title>Sensitivity of {escaped(model)}</title>
 <style>{STYLE}</style></head><body>
-<h1>Sensitivity of {escape(model)}</h1>
+<h1>Sensitivity of {escaped(model)}</h1>
 <p>SQNR with all {len(found.sites)} pairs: <strong>{decibels(found.sqnr)}</strong>.
 {found.passes} forward passes of {found.samples} samples.</p>
 <h2>Ops</h2>
@@ -95,9 +94,9 @@ def sensitivity_page(model: str, found: Sensitivity) -> str:
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    first = "".join(f"<th>{escape(head)}</th>" for head in heads)
+    first = "".join(f"<th>{escaped(head)}</th>" for head in heads)
     body = "".join(
-        f"<tr><td>{escape(row[0])}</td>{''.join(f'<td class=number>{escape(cell)}</td>' for cell in row[1:])}</tr>"
+        f"<tr><td>{escaped(row[0])}</td>{''.join(f'<td class=number>{escaped(cell)}</td>' for cell in row[1:])}</tr>"
         for row in rows
     )
     return f"<table><tr>{first}</tr>{body}</table>"

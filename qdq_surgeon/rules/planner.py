@@ -16,10 +16,12 @@ from .placement import Condition, Placement, Rule, Selector
 from .predicates import Subject, sentence
 
 FILTER_RULE = "filter"
+TARGET_RULE = "target"
 OUTPUT_RULE = "graph-output"
 FOREIGN_RULE = "in-model-type"
 BUILT_IN = {
     FILTER_RULE: "Your filter keeps this node in float.",
+    TARGET_RULE: "This node stays in float because of the error that it adds: for a target, or as one of the worst.",
     OUTPUT_RULE: "A graph's own outputs keep their type.",
     IN_MODEL: "The model came with this pair.",
     FOREIGN_RULE: "Another input of this op came with a pair that is not 8-bit, so it makes no INT8 op.",
@@ -43,14 +45,17 @@ class _Missed:
     wanted: tuple[Edge, ...]
 
 
-def make_plan(model: Model, placement: Placement, out: frozenset[str] = frozenset()) -> Plan:
+def make_plan(
+    model: Model, placement: Placement, out: frozenset[str] = frozenset(), floats: frozenset[str] = frozenset()
+) -> Plan:
     """Apply the rules to a model; `out` are the first outputs of the nodes that the user's filters keep float.
 
+    `floats` are those of the nodes that stay float for a target.
     Pairs that the model came with are decided before any rule or filter.
     Nodes are visited consumers first; within a node, rules in file order; the first rule that speaks of an edge
     decides it. Rules with a condition on other readers' decisions are tried after all others.
     """
-    planner = _Planner(model, out)
+    planner = _Planner(model, dict.fromkeys(floats, TARGET_RULE) | dict.fromkeys(out, FILTER_RULE))
     for late in (False, True):
         rules = _Index(rule for rule in placement.rules if rule.late is late)
         for node in reversed(model.graph.nodes):
@@ -115,9 +120,9 @@ class _Index:
 
 
 class _Planner:
-    """The decisions so far. It is the View that predicates read."""
+    """The decisions so far. It is the View that predicates read. `out`: by which rule what nodes stay float."""
 
-    def __init__(self, model: Model, out: frozenset[str]) -> None:
+    def __init__(self, model: Model, out: Mapping[str, str]) -> None:
         self.graph = model.graph
         self._out = out
         self._reaches: dict[str, float | None] = {}
@@ -183,13 +188,13 @@ class _Planner:
                 self._missed.append(_Missed(rule, node, reason, wanted))
             return
         captured = self._edges(tuple(selector for selector in rule.quantize if not selector.outputs), match)
-        vetoed = node is not None and node.first_output in self._out
-        vetoed = vetoed or any(edge.key in self._out for edge in captured)
+        keys = [node.first_output] if node is not None else []
+        vetoes = [self._out[key] for key in (*keys, *(edge.key for edge in captured)) if key in self._out]
         for edge in wanted:
-            out = edge.key in self._out or (vetoed and edge in captured)
-            decision = _Decision(FILTER_RULE if out else rule.name, not out, None if out else self._axis(edge, axes))
+            veto = self._out.get(edge.key) or (vetoes[0] if vetoes and edge in captured else None)
+            decision = _Decision(veto, False) if veto else _Decision(rule.name, True, self._axis(edge, axes))
             self._decided.setdefault(edge, decision)
-        if vetoed:
+        if vetoes:
             return
         for name, bounds in rule.range.items():
             for tensor in _bound(match, name).tensors:

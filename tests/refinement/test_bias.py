@@ -172,7 +172,6 @@ def test_a_computed_clip_bounds_nothing():
     assert (set(target.low), set(target.high)) == ({-np.inf}, {np.inf})
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="float() of a bound of shape (1,), which onnxruntime takes")
 def test_a_clip_whose_bounds_have_one_dimension():
     text = CONV_THEN.replace("float lo", "float[1] lo").replace("float hi", "float[1] hi")
     (target,) = targets_of(text.format("Clip(c, lo, hi)"))
@@ -229,9 +228,6 @@ def test_an_unfolded_normalization_moves_the_bounds():
     assert set(target.high[~live]) == {np.inf}
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the bounds are (5,) for 32 channels: NumPy's broadcasting error reaches the user"
-)
 def test_a_normalization_along_another_axis_than_the_bias():
     """BatchNormalization's channels are axis 1, those of a MatMul's bias the last axis."""
     text = """g (float[N,5,16] x) => (float[N,5,32] y)
@@ -383,7 +379,7 @@ def test_a_planted_bias_is_taken_back():
     assert done.kept
     (found,) = (shift for edge, shift in done.shifts.items() if edge.reader == "y")
     np.testing.assert_allclose(found, off, atol=0.05)
-    assert (done.candidates, done.fitted, done.judged) == (3, 18, 6)
+    assert (done.candidates, done.fitted, done.judged) == (3, 16, 8)
 
 
 def test_a_correction_that_does_not_help_leaves_no_shifts():
@@ -396,9 +392,9 @@ def test_a_correction_that_does_not_help_leaves_no_shifts():
 
 
 def test_with_too_few_samples_to_judge_on_it_says_so():
-    x = np.abs(images(3, 16, 8, 8))
+    x = np.abs(images(2, 16, 8, 8))
     done = correct_biases(*quantized_model(model(NET), x), singles(x))
-    assert (done.fitted, done.judged) == (3, 0)
+    assert (done.fitted, done.judged) == (2, 0)
     assert "on the samples it was fitted on" in str(done)
 
 
@@ -423,7 +419,6 @@ def test_the_result_with_shifts_is_nearer_to_the_float_model_on_other_data():
     assert errors[True] < errors[False]
 
 
-@pytest.mark.xfail(strict=True, reason="the shift goes to what the op reads, which is the pair's output")
 def test_a_bias_that_a_rule_quantizes(tmp_path):
     """A bias behind a pair of its own is shifted in front of it, or left: no reason to refuse the model."""
     rule = tmp_path / "bias.toml"
@@ -442,7 +437,6 @@ UNJUDGED = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="judged on nothing: '120.0 dB instead of 120.0 dB' is no measurement")
 @pytest.mark.parametrize("case", UNJUDGED)
 def test_a_model_without_float_outputs_claims_no_sqnr(case):
     kind, last = UNJUDGED[case]

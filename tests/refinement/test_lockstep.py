@@ -136,7 +136,6 @@ def test_batches_stay_whole_where_axis_0_holds_no_samples(case):
     assert sizes(apart(load(model(TOGETHER[case])), batches_of(rows(8, 4), 4))) == [4, 4]
 
 
-@pytest.mark.xfail(strict=True, reason="np.concatenate's ValueError: outputs whose sizes depend on the data")
 def test_batches_stay_whole_where_an_output_has_as_many_columns_as_the_data_say():
     text = "g (float[N,4] x) => (y) { r = Relu(x)\n y = NonZero(r) }"
     x = np.tile(np.tri(4, dtype=np.float32), (2, 1))  # one value, two values ...

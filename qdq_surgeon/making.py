@@ -36,7 +36,7 @@ NO_SCALES = Scales("none", Origin(("no data",), "", 0), "", {})
 MEASURED = 8
 """How many samples tell which ops add most to the error."""
 TRIED_ON = 64
-"""How many batches tell whether an SQNR is reached; an agreement takes all that there are."""
+"""How many samples tell whether a target is reached; an agreement, which is a count, takes all that there are."""
 REMEMBERED = 256 << 20
 """How many bytes of the float model's outputs are kept from one trial to the next."""
 
@@ -160,10 +160,13 @@ class Maker:
         found = best_method(self.source, build, samples, self.progress)
         return replace(self, choose=scales_by(found.method), choice=found)
 
-    def to_target(self, target: Target, samples: Sequence[Batch], seen: Sequence[Batch], score: Score | None) -> Result:
+    def to_target(
+        self, target: Target, samples: Sequence[Batch], unfitted: Sequence[Batch], score: Score | None
+    ) -> Result:
         """The result with as many ops in float as the target takes.
 
-        The error of the ops is measured on some of the `samples`, the target judged on calibration samples, `seen`.
+        The error of the ops is measured on some of the `samples`, the target judged on calibration samples that nothing
+        was fitted on, as far as there are any.
         Raises QdqError where the model has no such output as the target is for.
         """
         if self.replan is None:
@@ -171,7 +174,7 @@ class Maker:
         source = self.source
         bare = inserted(source, self.plan, self.choose(self.plan))
         noises = measure(source, self.plan, bare, evenly(samples, MEASURED), self.progress).ops
-        judges = seen if target.agreement is not None else evenly(seen, TRIED_ON)
+        judges = unfitted if target.agreement is not None else evenly(unfitted, max(1, TRIED_ON // unfitted[0].samples))
         reference = _Remembering(Session(source.original, custom_ops=source.custom_ops))
         made: dict[Ops, Result] = {}
 

@@ -28,7 +28,7 @@ from .graph import every_node, is_integer_op
 from .making import MEASURED, NO_SCALES, Maker, Result, bare_result, inserted, unchanged
 from .model import Model, Source, load
 from .refinement.auto import AUTO
-from .refinement.lockstep import evenly, fitting_samples
+from .refinement.lockstep import apart, evenly, fitting_samples, others
 from .refinement.scoring import Score, scored
 from .refinement.search import Ops
 from .refinement.sensitivity import Sensitivity, measure
@@ -179,13 +179,16 @@ def apply(
         statistics = _collect(source, the_plan, tensors, split, only, provider, memory, None, progress, compare)
     if statistics is not None:
         _warn(source, statistics, DEFAULT_METHOD if method == AUTO else method)
-    some = () if source.quantized else fitting_samples(source, split.seen, memory)
+    every = [] if source.quantized else apart(source, split.seen)
+    some = fitting_samples(source, every, memory)
     maker = Maker(source, the_plan, _ranges(source, statistics, method, calibration_cache), replan, progress=progress)
     if method == AUTO and statistics is not None:
         maker = maker.with_best_method(statistics, some)
+    if split.feeds.synthetic and gptq:
+        log.warning("gptq needs real samples: on made-up inputs every weight is rounded to the nearest")
     if not split.feeds.synthetic:
         maker = replace(maker, samples=tuple(some), bias_correction=bias_correction, gptq=gptq)
-    result = maker.to_target(target, some, split.seen, score) if target else maker.make()
+    result = maker.to_target(target, some, others(every, some), score) if target else maker.make()
     errors = maker.errors_of(result, some) if compare else ()
     if float16:
         result = _in_float16(result, source, split, float16_io)

@@ -269,6 +269,41 @@ def test_its_advice_helps(folder, capsys):
     assert "LOST" not in done.out
 
 
+def test_a_verdict_is_said_once_and_loudly(folder, capsys):
+    proto, x = lost_model()
+    onnx.save(proto, "lost.onnx")
+    np.savez("lost.npz", x=x)
+    made = run(capsys, "lost.onnx", "--data", "lost.npz", "--method", "max")
+    pair = ("compare", "lost.onnx", "lost.qdq.onnx", "--data", "lost.npz")
+    compared, quiet = (run(capsys, *pair, *more, main=main) for more in ((), ("--quiet",)))
+    for done in (made, compared, quiet):
+        assert "LOST" not in done.out
+        assert done.err.count("THIS MODEL LOST ITS ACCURACY") == 1
+
+
+def test_a_target_that_is_missed_on_other_samples_says_so(folder, capsys):
+    """The calibration samples lie on the INT8 grid, which reaches to 127; those held out between its points."""
+    x = np.round(np.load("data.npz")["x"])
+    x[:, 0, 0, 0] = 127
+    x[8:] += 0.5
+    np.savez("easy.npz", x=x)
+    proto = model("g (float[N,16,8,8] x) => (float[N,16,8,8] y) <float[16,16,1,1] w> { y = Conv(x, w) }")
+    proto.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.eye(16, dtype="f")[..., None, None], "w"))
+    onnx.save(proto, "easy.onnx")
+    done = run(capsys, "easy.onnx", "--data", "easy.npz", "--method", "max", "--samples", "8", "--target-sqnr", "60")
+    assert done.code == 0
+    assert "SQNR 60 dB reached with every planned op in INT8 (8 calibration samples)" in done.out
+    assert "the target SQNR 60 dB is missed on the samples held out: SQNR" in done.out
+
+
+def test_the_json_of_a_run_holds_what_was_chosen_and_corrected(folder, capsys):
+    run(capsys, "model.onnx", *DATA, *CLIPPED, "--float-worst", "1", "--json", "out.json")
+    found = json.loads(Path("out.json").read_text(), parse_constant=pytest.fail)["refinements"]
+    assert found.keys() == {"mixed", "correction"}
+    assert [op["output"] for op in found["mixed"]["ops"]] == [*float_ops()]
+    assert found["correction"]["candidates"] == 2
+
+
 # ---- scores -----------------------------------------------------------------------------------------------------
 
 
@@ -370,6 +405,9 @@ IGNORED = {
     "a score where nothing is compared": (["--stats", "stats.npz", "--score-script", "score.py"], "model.onnx"),
     "an SQNR that is no number": ([*DATA, "--target-sqnr", "nan"], "model.onnx"),
     "an agreement without classes": ([*DATA, "--target-agreement", "0.9"], "image.onnx"),
+    "a target for a plan": (["--plan", "--target-sqnr", "30"], "model.onnx"),
+    "the worst for a plan": (["--plan", "--float-worst", "1"], "model.onnx"),
+    "a score for a plan": (["--plan", "--score-script", "score.py"], "model.onnx"),
 }
 
 
@@ -541,3 +579,124 @@ def test_the_options_are_in_the_help(capsys):
         assert option in text
     for option in ("--score-script", "--measure", "--svg", "--html"):
         assert option in text
+
+
+# ---- GPTQ, weights as integers, a range method by trying --------------------------------------------------------
+
+
+@pytest.fixture
+def correlated(folder):
+    """Data of which GPTQ can make something: images whose channels share most of what they hold."""
+    rng = np.random.default_rng(1)
+    x = 0.3 * rng.standard_normal((40, 16, 8, 8)) + rng.standard_normal((40, 1, 8, 8))
+    np.savez("data.npz", x=x.astype(np.float32))
+    return folder
+
+
+def initializers(path):
+    return {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
+
+
+def test_gptq_is_told_and_written(correlated, capsys):
+    done = run(capsys, "model.onnx", *DATA, "--gptq")
+    assert (done.code, done.err) == (0, "")
+    assert "3 weights rounded by GPTQ, on " in done.out
+    assert " others\n" in done.out
+    before, after = initializers("model.onnx"), initializers("model.qdq.onnx")
+    assert all(before[name] != after[name] for name in ("w1", "w2", "fw"))
+    assert before["b1"].dims == after["b1"].dims
+
+
+def test_without_gptq_weights_are_those_of_the_model(correlated, capsys):
+    run(capsys, "model.onnx", *DATA)
+    before, after = initializers("model.onnx"), initializers("model.qdq.onnx")
+    assert all(before[name] == after[name] for name in ("w1", "w2", "fw"))
+
+
+def test_weights_as_integers_are_the_same_numbers_in_less_space(folder, capsys):
+    figures = []
+    for more in ("pairs", "int8"):
+        done = run(capsys, "model.onnx", *DATA, "--weights", more, "-o", f"{more}.onnx")
+        assert (done.code, done.err) == (0, "")
+        figures.append([line for line in done.out.splitlines() if "SQNR" in line])
+    assert figures[0] == figures[1]
+    weights = 4 * (2 * 16 * 16 * 9 + 16 * 1024)
+    saved = Path("pairs.onnx").stat().st_size - Path("int8.onnx").stat().st_size
+    assert saved == pytest.approx(0.75 * weights, rel=0.05)
+    assert float_ops("int8.onnx") == set()
+
+
+def test_weights_as_integers_compare_and_strip_like_any_others(folder, capsys):
+    run(capsys, "model.onnx", *DATA, "--weights", "int8")
+    done = run(capsys, "compare", "model.onnx", "model.qdq.onnx", *DATA, "--min-agreement", "0.7", main=main)
+    assert (done.code, done.err) == (0, "")
+    assert run(capsys, "strip", "model.qdq.onnx", "-o", "float.onnx", main=main).code == 0
+    assert not any("Linear" in node.op_type for node in onnx.load("float.onnx").graph.node)
+
+
+def test_all_of_them_at_once(correlated, capsys):
+    done = run(capsys, "model.onnx", *DATA, "--gptq", "--weights", "int8", "--method", "auto", "--float16")
+    assert (done.code, done.err) == (0, "")
+    for words in ("range method ", "the best of 5 on ", "by GPTQ, on ", "wrote model.qdq.onnx"):
+        assert words in done.out
+
+
+def test_gptq_and_a_float_op(correlated, capsys):
+    """What stays float is not rounded."""
+    done = run(capsys, "model.onnx", *DATA, "--gptq", "--float-worst", "1")
+    assert done.code == 0
+    (kept,) = float_ops()
+    before, after = initializers("model.onnx"), initializers("model.qdq.onnx")
+    weight = {"c1": "w1", "c2": "w2", "y": "fw"}[kept]
+    assert before[weight] == after[weight]
+
+
+NEED_SAMPLES = {
+    "gptq, statistics": (["--stats", "stats.npz", "--gptq"], "gptq needs samples to look at: give data too"),
+    "auto, statistics": (["--stats", "stats.npz", "--method", "auto"], "the method auto needs samples to look at"),
+    "gptq, cache": (["--calibration-cache", "scales.cache", "--gptq"], "gptq needs samples to look at"),
+    "auto, cache": (
+        ["--calibration-cache", "scales.cache", "--method", "auto"],
+        "a calibration cache gives ranges, which leaves the method auto nothing to choose",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NEED_SAMPLES)
+def test_what_needs_samples_is_refused_without(case, folder, capsys):
+    more, words = NEED_SAMPLES[case]
+    run(capsys, "model.onnx", *DATA, "--write-cache", "scales.cache", "-o", "other.onnx", "--no-compare")
+    main(["calibrate", "model.onnx", *DATA, "-o", "stats.npz", "--quiet"])
+    capsys.readouterr()
+    done = run(capsys, "model.onnx", *more)
+    assert done.code == 2
+    assert words in done.err
+    assert done.err.count("\n") == 1
+    assert not Path("model.qdq.onnx").exists()
+
+
+def test_ranges_only_leave_auto_no_choice(folder, capsys):
+    plan = qdq_surgeon.plan("model.onnx")
+    qdq_surgeon.calibrate("model.onnx", plan, "data.npz", method="max").save("stats.npz")
+    done = run(capsys, "model.onnx", *DATA, "--stats", "stats.npz", "--method", "auto")
+    assert done.code == 2
+    assert "these statistics hold ranges only, for the method max: calibrate again for another" in done.err
+
+
+@pytest.mark.parametrize("more", [("--gptq",), ("--method", "auto")])
+def test_they_are_for_float_models(more, folder, capsys):
+    onnx.save(model(HALF_DONE), "half.onnx")
+    done = run(capsys, "half.onnx", *DATA, *more)
+    assert done.code == 2
+    assert "is for float models, and this one comes with pairs: requantize or strip it" in done.err
+
+
+def test_a_way_to_store_weights_that_there_is_not(folder, capsys):
+    done = run(capsys, "model.onnx", *DATA, "--weights", "int4")
+    assert done.code == 2
+    assert "invalid choice: 'int4'" in done.err
+
+
+def test_gptq_on_made_up_inputs_says_that_it_did_nothing(folder, capsys):
+    done = run(capsys, "model.onnx", "--gptq")
+    assert "gptq" in (done.out + done.err).lower()

@@ -216,6 +216,12 @@ def evenly(samples: Sequence[Batch], number: int) -> list[Batch]:
     return [samples[int(index * step)] for index in range(min(number, len(samples)))]
 
 
+def others(every: Sequence[Batch], some: Sequence[Batch]) -> list[Batch]:
+    """Those of `every` that are not among `some`; all of them where none is left."""
+    taken = set(map(id, some))
+    return [sample for sample in every if id(sample) not in taken] or list(every)
+
+
 def _held(graph: Graph, sample: Batch) -> int:
     """The most bytes that one sample's tensors take at a time between two nodes; unknown shapes count nothing."""
     shapes = graph.shapes_for(sample.shapes)

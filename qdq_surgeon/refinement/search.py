@@ -77,7 +77,7 @@ def _costs(ops: Sequence[OpNoise]) -> dict[str, int]:
 def _candidates(ops: Sequence[OpNoise], costs: dict[str, int]) -> list[Ops]:
     """From no op to every op: the sets that take away more of the error than every cheaper one."""
     front = [_Candidate(0, 0.0)]
-    for op in sorted(ops, key=lambda op: (-op.share, -op.macs, op.output)):
+    for op in sorted(ops, key=lambda op: (-op.share / costs[op.output], op.output)):
         more = [_Candidate(less.cost + costs[op.output], less.share + op.share, op.output, less) for less in front]
         front = list(_unbeaten([*front, *more]))
         front = front if len(front) <= FEW_CANDIDATES else list(_thinned(front))

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qdq_surgeon.errors import QdqError
 from qdq_surgeon.refinement.mixed import keep_float
 from qdq_surgeon.refinement.search import fewest, noisiest
 from qdq_surgeon.refinement.sensitivity import OpNoise
@@ -123,6 +124,34 @@ def test_it_asks_seldom():
     assert len(reaches.asked) <= 3
 
 
+def test_it_asks_seldom_for_hard_targets_too():
+    rng = np.random.default_rng(0)
+    shares, macs = rng.random(300), rng.integers(1, 1000, 300)
+    ops = [OpNoise(f"op {i}", f"op {i}", float(shares[i]), int(macs[i])) for i in range(300)]
+    reaches = Threshold(ops, 0.8 * shares.sum())
+    chosen = fewest(ops, reaches)
+    assert reaches(chosen)
+    assert len(reaches.asked) < 50
+    by_density = sorted(ops, key=lambda op: -op.share / op.macs)
+    sums = np.cumsum([op.share for op in by_density])
+    whole = int(np.searchsorted(sums, reaches.needed))
+    assert cost(ops, chosen) <= 1.02 * sum(op.macs for op in by_density[: whole + 1])
+
+
+def test_what_the_shares_overrate_is_left_out_again():
+    """a, which the estimate says is needed, is not."""
+    ops = ops_of((0.5, 1000), (0.3, 10), (0.2, 10))
+    assert fewest(ops, lambda chosen: {"b", "c"} <= chosen) == {"b", "c"}
+    ops = ops_of((0.9, 30), (0.06, 20), (0.04, 20))
+    assert fewest(ops, lambda chosen: {"b"} <= chosen) == {"b"}
+
+
+def test_an_op_without_macs_is_not_free():
+    """An Add in float costs conversions: it goes for the usual op, not before all others."""
+    ops = ops_of((0.2, 0), (0.5, 10), (0.3, 500), (0.0, 900))
+    assert fewest(ops, Threshold(ops, 0.2)) == {"b"}
+
+
 def test_noise_in_what_reaches_does_no_harm():
     """Sets that reach and supersets that do not: the answer is one that was seen to reach."""
     rng = np.random.default_rng(0)
@@ -208,6 +237,19 @@ def test_a_target_is_reached_where_no_number_is_below(target, sqnr, agreement, s
 @pytest.mark.parametrize("target", [Target(agreement=0.9), Target(score=0.9)])
 def test_a_number_that_there_is_none_of_is_not_reached(target):
     assert not target.is_reached(99, None, None)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -np.inf])
+@pytest.mark.parametrize("name", ["sqnr", "agreement", "score"])
+def test_a_target_is_a_finite_number(name, number):
+    with pytest.raises(QdqError, match="a target must be a finite number, not"):
+        Target(**{name: number})
+
+
+def test_what_misses_a_target_in_words():
+    target = Target(sqnr=20, agreement=0.9)
+    assert target.missed_by(20, 0.9, None) == ""
+    assert target.missed_by(19.5, 0.85, None) == "SQNR 19.5 instead of 20, agreement 0.85 instead of 0.9"
 
 
 def test_what_is_a_target():

@@ -421,6 +421,60 @@ def test_an_op_that_only_moves_data_adds_nothing():
     assert shares.get("p", 0.0) < 0.1
 
 
+def test_pairs_before_and_behind_a_pool_are_measured_as_one():
+    source, plan, quantized = prepared(POOLED, rows(8, 16, 16, 16))
+    found = measure(source, plan, quantized, singles(rows(2, 16, 16, 16)))
+    sites = {site.tensor: site for site in found.sites}
+    assert (sites["p"].share, sites["p"].sqnr) == (0, sites["r1"].sqnr)
+    assert found.passes == len(plan.sites) - 1 + 4
+
+
+SHARED = """g (float[N,16] x) => (float[N,32] y, float[N,32] z) <float[16,32] w, float[16,32] v> {
+    y = MatMul(x, w)
+    z = MatMul(x, v)
+}"""
+
+
+def test_a_pair_that_several_ops_read_is_divided_among_them():
+    """So that the parts of all ops together are the whole error."""
+    found = found_in(model(SHARED), rows(32, 16))
+    shares = {site.tensor: site.share for site in found.sites}
+    assert {op.output: op.share for op in found.ops} == pytest.approx(
+        {"y": shares["w"] + shares["x"] / 2, "z": shares["v"] + shares["x"] / 2}
+    )
+    assert sum(op.share for op in found.ops) == pytest.approx(1)
+
+
+def test_an_agreement_that_no_output_has_is_refused():
+    text = "g (float[N,16,8,8] x) => (float[N,16,8,8] y) <float[16,16,1,1] w> { y = Conv(x, w) }"
+    with pytest.raises(qdq_surgeon.QdqError, match="needs class scores, which no output looks like"):
+        qdq_surgeon.quantize(model(text), {"x": X}, target_agreement=0.9)
+
+
+def test_the_float_model_runs_once_for_all_trials(monkeypatch):
+    """What it gave is kept, unless it takes too much room."""
+    from qdq_surgeon import making
+
+    runs = []
+    session_run = making.Session.run
+
+    def counted(session, batch, names):
+        runs.append(session)
+        return session_run(session, batch, names)
+
+    monkeypatch.setattr(making.Session, "run", counted)
+    sessions = {}
+    for limit in (making.REMEMBERED, 0):
+        monkeypatch.setattr(making, "REMEMBERED", limit)
+        runner = making._Remembering(making.Session(model(FOUR)))
+        batches = singles(X[:2])
+        outputs = [runner.run(batch, ["y"])[0][0] for batch in (*batches, *batches)]
+        np.testing.assert_array_equal(outputs[0], outputs[2])
+        sessions[limit] = len(runs)
+        runs.clear()
+    assert list(sessions.values()) == [2, 4]
+
+
 def test_statistics_take_the_place_of_the_calibration():
     proto = model(FOUR)
     plan = qdq_surgeon.plan(proto)

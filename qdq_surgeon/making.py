@@ -174,7 +174,8 @@ class Maker:
         source = self.source
         bare = inserted(source, self.plan, self.choose(self.plan))
         noises = measure(source, self.plan, bare, evenly(samples, MEASURED), self.progress).ops
-        judges = unfitted if target.agreement is not None else evenly(unfitted, max(1, TRIED_ON // unfitted[0].samples))
+        most = TRIED_ON * len(unfitted) // number_of(unfitted)
+        judges = unfitted if target.agreement is not None else evenly(unfitted, max(1, most))
         reference = _Remembering(Session(source.original, custom_ops=source.custom_ops))
         made: dict[Ops, Result] = {}
 

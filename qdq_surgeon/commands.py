@@ -637,7 +637,7 @@ def _write_json(
 
     content: dict[str, Any] = json.loads(plan.to_json()) if plan else {}
     if comparison:
-        content["comparison"] = asdict(comparison)
+        content["comparison"] = {**asdict(comparison), "verdict": comparison.verdict}
     if refinements is not None:
         content["refinements"] = refinements
     _write_json_value(path, content)

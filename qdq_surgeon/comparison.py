@@ -26,6 +26,8 @@ LOST_SQNR = 5.0
 FEW = 3
 LOST_CHANNEL = 0.5
 """A channel is lost where the power of its noise is more than this share of its signal's."""
+SILENT, FELL_SILENT = 1e-3, 0.1
+"""Beside the loudest channel's power a channel is silent below this share; it fell silent where less of it is left."""
 LOST_ADVICE = (
     "Keep the worst layers float (--float-worst 3, --target-sqnr DB) or look closer (qdq-surgeon sensitivity)."
 )
@@ -114,7 +116,8 @@ class Comparison:
         if self.scores:
             lines.append(f"score: {self.reference} {self.scores[0]:.6g}, INT8 {self.scores[1]:.6g}")
         if self.errors:
-            lines.append(f"most error is added at: {', '.join(map(str, worst(self.errors))) or 'no op'}")
+            ops = ", ".join(map(str, worst(self.errors))) or "no op"
+            lines.append(f"most error is added at (on calibration samples): {ops}")
         head = f"{self.reference} against {self.where} on {count(self.samples, 'sample')} of {self.data}{seen}"
         shown = table(("output", "SQNR", "cosine", "max error", "top-1 agreement"), rows)
         return "\n".join((head, shown, *lines))
@@ -193,7 +196,7 @@ class _Measured:
         self._signal = self._noise = self._product = self._power = self._error = 0.0
         self._same = self._rows = 0
         self._scores = True
-        self._channels: dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
+        self._channels: dict[int, NDArray[np.float64]] = {}
 
     def add(self, expected: Any, actual: Any) -> None:
         if not isinstance(expected, np.ndarray) or expected.dtype.kind not in "biufV":
@@ -231,20 +234,19 @@ class _Measured:
         axis = channel_axis([left.shape])
         if axis is None:
             return
-        found = powers(left, right, axis)
-        before = self._channels.get(left.shape[axis])
-        self._channels[left.shape[axis]] = (found[0] + before[0], found[1] + before[1]) if before else found
+        found = np.stack([*powers(left, right, axis), powers(right, right, axis)[0]])
+        self._channels[left.shape[axis]] = self._channels.get(left.shape[axis], 0.0) + found
 
     def result(self) -> OutputComparison:
-        signal, noise = self._channels.popitem()[1] if len(self._channels) == 1 else (np.zeros(1), np.zeros(1))
+        found = self._channels.popitem()[1] if len(self._channels) == 1 else np.zeros((3, 1))
         return OutputComparison(
             self.name,
             sqnr=_decibels(self._signal, self._noise),
             cosine=self._cosine(),
             max_error=self._error,
             agreement=self._same / self._rows if self._scores and self._rows else None,
-            channels=len(signal),
-            lost=int(np.sum(noise > LOST_CHANNEL * signal)),
+            channels=found.shape[1],
+            lost=_lost(*found),
         )
 
     def _cosine(self) -> float:
@@ -252,6 +254,12 @@ class _Measured:
             return math.nan
         norms = math.sqrt(self._signal * self._power)
         return self._product / norms if norms else float(self._signal == self._power)
+
+
+def _lost(signal: NDArray[np.float64], noise: NDArray[np.float64], power: NDArray[np.float64]) -> int:
+    """How many channels are mostly noise, of those not nearly silent beside the loudest, and those that fell silent."""
+    matter = (signal > SILENT * signal.max()) | ((signal > 0) & (power < FELL_SILENT * signal))
+    return int(np.sum(matter & (noise > LOST_CHANNEL * signal)))
 
 
 def _looks_like_scores(shape: Sequence[int]) -> bool:

@@ -176,6 +176,10 @@ class Maker:
         noises = measure(source, self.plan, bare, evenly(samples, MEASURED), self.progress).ops
         most = TRIED_ON * len(unfitted) // number_of(unfitted)
         judges = unfitted if target.agreement is not None else evenly(unfitted, max(1, most))
+        if target.score is not None and score:
+            best = scored(score, source.original, source.custom_ops)
+            if best < target.score:
+                raise QdqError(f"the target score {target.score:g} cannot be reached: the float model's is {best:g}")
         reference = _Remembering(Session(source.original, custom_ops=source.custom_ops))
         made: dict[Ops, Result] = {}
 

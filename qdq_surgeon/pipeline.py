@@ -196,7 +196,7 @@ def apply(
         result = replace(result, model=store_weights(result.model))
     if compare:
         known = given and statistics is not None and split.feeds.source in statistics.origin.sources
-        unseen = split.held_out if not given else False if known else None
+        unseen = split.held_out if not given else False if known or (split.samples and not split.held_out) else None
         where = SIMULATED_HALF if float16 else SIMULATED
         result = _compared(result, source, split, unseen, where, errors, score, progress)
     return result
@@ -438,6 +438,7 @@ def _collect(
     """One pass over the calibration part of the data; none where no scale and no comparison needs it."""
     check_plan(source, the_plan)
     if not tensors and not needed:
+        split.deal()
         return Statistics({}, source.digest, NO_SCALES.origin)
     return collect(
         source,

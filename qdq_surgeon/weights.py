@@ -126,8 +126,14 @@ def array(tensor: TensorProto) -> NDArray[Any]:
 
 def pieces(tensor: TensorProto) -> Iterator[bytes]:
     """The data as raw bytes, little-endian; a file is read in pieces."""
+    if tensor.HasField("raw_data") and not is_outside(tensor):
+        yield tensor.raw_data
+        return
     if not is_outside(tensor):
-        yield tensor.raw_data or numpy_helper.from_array(numpy_helper.to_array(tensor)).raw_data
+        try:
+            yield numpy_helper.from_array(numpy_helper.to_array(tensor)).raw_data
+        except ValueError as error:
+            raise ModelError(f"the values of '{tensor.name}' cannot be read: {error}") from error
         return
     found = place(tensor)
     try:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import qdq_surgeon
-from qdq_surgeon.comparison import Comparison, OutputComparison
+from qdq_surgeon.comparison import Comparison, OutputComparison, _Measured
 from qdq_surgeon.refinement.trace import TensorError
 from tests.graphs import model
 
@@ -84,7 +84,7 @@ def test_without_a_jump_it_names_none():
 def test_every_comparison_names_the_three_worst_ops():
     errors = tuple(TensorError(f"Conv {n}", n, 30, 40, added) for n, added in zip("abcd", (1, 4, 3, 2), strict=True))
     text = str(comparison(output(), errors=errors))
-    assert "most error is added at: Conv b (40.0 -> 30.0 dB), Conv c" in text
+    assert "most error is added at (on calibration samples): Conv b (40.0 -> 30.0 dB), Conv c" in text
     assert "Conv a" not in text
 
 
@@ -197,3 +197,39 @@ def test_a_mask_that_int8_loses_is_loud():
     x = -np.abs(np.random.default_rng(0).standard_normal((6, 1))).astype(np.float32)
     given = qdq_surgeon.compare(model(text.format("Relu")), model(text.format("Sigmoid")), {"x": x})
     assert "SQNR of -inf dB" in given.verdict
+
+
+# ---- channels that carry nothing --------------------------------------------------------------------------------
+
+
+def lost_of(expected, actual):
+    measured = _Measured("y")
+    measured.add(expected.astype(np.float32), actual.astype(np.float32))
+    return measured.result().lost
+
+
+def test_silent_channels_are_not_lost():
+    """A feature map of which most channels are zero, a little off everywhere."""
+    rng = np.random.default_rng(0)
+    expected = rng.standard_normal((4, 16, 8, 8))
+    expected[:, 6:] = 0
+    assert lost_of(expected, expected + 1e-6 * rng.standard_normal(expected.shape)) == 0
+
+
+def test_classes_that_are_hardly_there_are_not_lost():
+    """A map of probabilities in which 18 of 21 classes do not occur."""
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((2, 21, 16, 16))
+    logits[:, 3:] -= 12
+    noisy = logits + 0.8 * rng.standard_normal(logits.shape)
+    expected, actual = (np.exp(values) / np.exp(values).sum(1, keepdims=True) for values in (logits, noisy))
+    assert lost_of(expected, actual) < 3
+
+
+def test_channels_that_fell_silent_are_lost_however_small_they_were():
+    rng = np.random.default_rng(0)
+    expected = rng.standard_normal((4, 16, 8, 8))
+    expected[:, :4] *= 1e4
+    actual = expected.copy()
+    actual[:, 4:] = 0
+    assert lost_of(expected, actual) == 12

@@ -108,7 +108,7 @@ class Split:
     def deal(self) -> None:
         """Deal out as much as is kept, where no calibration runs."""
         for _ in self:
-            if not self._seen.has_room:
+            if not self._seen.has_room and (self._held.batches or not self.hold_out):
                 break
 
     def for_comparison(self) -> list[Batch]:

@@ -90,9 +90,7 @@ class BiasCorrection:
 
     def __str__(self) -> str:
         unseen = (
-            f"{count(self.judged, 'sample')} that it was not fitted on"
-            if self.judged
-            else "the samples it was fitted on"
+            f"{count(self.judged, 'other')}, by which it was chosen" if self.judged else "the samples it was fitted on"
         )
         verb = "corrected" if self.kept else "not corrected"
         return (
@@ -234,7 +232,8 @@ def best_shift(expected: Sequence[Array], actual: Sequence[Array], low: Array, h
         best, least = np.where(better, shift, best), np.where(better, loss, least)
         if done.all():
             break
-    return best * _trust(left, right + best[:, None], low, high, owner, best)
+    trust = _trust(left, right + best[:, None], low, high, owner, best)
+    return np.asarray(np.nan_to_num(best * trust, nan=0.0, posinf=0.0, neginf=0.0))
 
 
 def _loss(expected: Array, actual: Array, low: Array, high: Array) -> Array:

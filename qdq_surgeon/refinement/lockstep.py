@@ -33,6 +33,7 @@ Array: TypeAlias = NDArray[Any]
 Values: TypeAlias = dict[str, Any]
 """What one sample has computed so far: tensors by name."""
 
+FEWEST_JUDGES = 16
 FEWEST, ENOUGH, MOST_SAMPLES = 4, 30, 64
 ONE_IN = 3
 """One sample in so many walks, but ENOUGH to MOST_SAMPLES of them: so it costs no more than the calibration did."""
@@ -217,9 +218,10 @@ def evenly(samples: Sequence[Batch], number: int) -> list[Batch]:
 
 
 def others(every: Sequence[Batch], some: Sequence[Batch]) -> list[Batch]:
-    """Those of `every` that are not among `some`; all of them where none is left."""
+    """Those of `every` that are not among `some`; all of them where too few are left to judge by."""
     taken = set(map(id, some))
-    return [sample for sample in every if id(sample) not in taken] or list(every)
+    rest = [sample for sample in every if id(sample) not in taken]
+    return rest if len(rest) >= FEWEST_JUDGES else list(every)
 
 
 def _held(graph: Graph, sample: Batch) -> int:

@@ -69,6 +69,8 @@ class MixedPrecision:
     reached: bool
 
     def __str__(self) -> str:
+        if not self.ops and not self.target.is_searched:
+            return "no op kept float: none adds to the error"
         if not self.ops:
             return f"{self.target} reached with every planned op in INT8 ({count(self.samples, 'calibration sample')})"
         macs = "unknown MACs" if self.share_of_macs is None else f"{self.share_of_macs:.1%} of the MACs"

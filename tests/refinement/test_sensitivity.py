@@ -498,3 +498,20 @@ def test_a_model_that_gives_as_many_values_as_the_data_say():
         y = GatherND(c, t)
     }"""
     assert found_in(model(text), rows(32, 16)).ops
+
+
+# ---- the model does not depend on whether it is compared ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"float_worst": 1}, {"method": "auto"}, {"gptq": True}], ids=str)
+def test_weights_alone_give_the_same_model_with_and_without_a_comparison(options):
+    made = [
+        qdq_surgeon.quantize(two_culprits(), {"x": X}, placement="weights-only", compare=compare, **options).model.graph
+        for compare in (True, False)
+    ]
+    assert made[0] == made[1]
+
+
+def test_a_score_that_the_float_model_does_not_reach_is_refused_at_once():
+    with pytest.raises(qdq_surgeon.QdqError, match="the target score 2 cannot be reached: the float model's is 1"):
+        qdq_surgeon.quantize(two_culprits(), {"x": X}, target_score=2, score=lambda run: 1.0)

@@ -263,8 +263,8 @@ def _lost(signal: NDArray[np.float64], noise: NDArray[np.float64], power: NDArra
 
 
 def _looks_like_scores(shape: Sequence[int]) -> bool:
-    """(samples, classes) with at least two classes, maybe with further dimensions of 1."""
-    return len(shape) >= 2 and shape[1] >= 2 and all(size == 1 for size in shape[2:])
+    """(samples, classes) with at least two classes, or an image of one pixel; (samples, anchors, 1) is a detector's."""
+    return len(shape) in (2, 4, 5) and shape[1] >= 2 and all(size == 1 for size in shape[2:])
 
 
 def _top1(scores: NDArray[Any]) -> NDArray[Any]:

@@ -94,6 +94,7 @@ def test_an_output_of_nothing_but_nan_has_no_cosine():
         ((6, 2), True),
         ((6, 1), False),
         ((6,), False),
+        ((6, 10, 1), False),
         ((6, 10, 4), False),
         ((6, 3, 8, 8), False),
     ],

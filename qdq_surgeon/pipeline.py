@@ -179,7 +179,8 @@ def apply(
         statistics = _collect(source, the_plan, tensors, split, only, provider, memory, None, progress, compare)
     if statistics is not None:
         _warn(source, statistics, DEFAULT_METHOD if method == AUTO else method)
-    every = [] if source.quantized else apart(source, split.seen)
+    looks = bias_correction or compare or gptq or method == AUTO or bool(target)
+    every = apart(source, split.seen) if looks and not source.quantized else []
     some = fitting_samples(source, every, memory)
     maker = Maker(source, the_plan, _ranges(source, statistics, method, calibration_cache), replan, progress=progress)
     if method == AUTO and statistics is not None:

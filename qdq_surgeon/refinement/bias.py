@@ -21,8 +21,8 @@ from ..calibration.sessions import Progress
 from ..edges import GRAPH_OUTPUT, Edge, Plan, count
 from ..graph import Graph, Node
 from ..model import Model
-from .judging import decibels, judged, parted, relative_error
-from .lockstep import Both, results_of, walk
+from .judging import gain, judged, number_of, parted
+from .lockstep import Both, walk
 from .trace import TensorError, Trace
 
 Array: TypeAlias = NDArray[Any]
@@ -285,16 +285,12 @@ def correct_biases(
             progress("correct", passed, len(stops))
 
     after = walk(model, quantized, samples, results, stops, visit)
-    unseen = slice(fitted if fitted < len(samples) else 0, None)
-    plain = results_of(model, quantized, parted(samples)[1], results)
-    before = [Both(both.name, both.float[unseen], arrays) for both, arrays in zip(after, plain, strict=True)]
     return BiasCorrection(
         values,
         len(found),
-        sum(sample.samples for sample in samples[:fitted]),
-        sum(sample.samples for sample in samples[fitted:]),
-        decibels(relative_error(before)),
-        decibels(relative_error(after, unseen)),
+        number_of(samples[:fitted]),
+        number_of(samples[fitted:]),
+        *gain(model, quantized, samples, after),
         noted.result(),
     )
 

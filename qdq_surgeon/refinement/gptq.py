@@ -22,8 +22,8 @@ from ..edges import LEVELS, Plan, Site, count
 from ..graph import Graph, Node
 from ..model import Model
 from ..scales import Scales
-from .judging import decibels, judged, number_of, parted, relative_error
-from .lockstep import Both, results_of, walk
+from .judging import gain, judged, number_of, parted
+from .lockstep import Both, walk
 
 Array: TypeAlias = NDArray[Any]
 
@@ -123,7 +123,7 @@ def round_weights(
         by_data.setdefault(layer.data.tensor, []).append(layer)
     if not by_data or not results:
         return WeightRounding()
-    fitting, judging = parted(samples)
+    fitting, _ = parted(samples)
     values: dict[str, Array] = {}
 
     def visit(both: Both) -> Mapping[str, Array]:
@@ -139,15 +139,11 @@ def round_weights(
         visit(Both(name, arrays, arrays))
     stops = [name for name in by_data if name not in graph.inputs]
     after = walk(model, quantized, samples, results, stops, visit, dict(values))
-    unseen = slice(len(samples) - len(judging), None)
-    plain = results_of(model, quantized, judging, results)
-    before = [Both(both.name, both.float[unseen], arrays) for both, arrays in zip(after, plain, strict=True)]
     return WeightRounding(
         values,
         number_of(fitting),
         number_of(samples) - number_of(fitting),
-        decibels(relative_error(before)),
-        decibels(relative_error(after, unseen)),
+        *gain(model, quantized, samples, after),
     )
 
 

@@ -8,10 +8,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import ModelProto
 
 from ..calibration.feeds import Batch
 from ..graph import Graph
-from .lockstep import Both
+from ..model import Model
+from .lockstep import Both, results_of
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -65,6 +67,15 @@ def relative_error(boths: Iterable[Both], samples: slice = slice(None)) -> float
     """
     found = [_of_channels(both.float[samples], both.int8[samples]) for both in boths]
     return float(np.mean(found)) if found else 0.0
+
+
+def gain(model: Model, quantized: ModelProto, samples: Sequence[Batch], after: Sequence[Both]) -> tuple[float, float]:
+    """The SQNR in dB of the samples that judge: of `quantized` as it is, and `after` what a walk changed."""
+    judging = parted(samples)[1]
+    unseen = slice(len(samples) - len(judging), None)
+    plain = results_of(model, quantized, judging, [both.name for both in after])
+    before = [Both(both.name, both.float[unseen], arrays) for both, arrays in zip(after, plain, strict=True)]
+    return decibels(relative_error(before)), decibels(relative_error(after, unseen))
 
 
 def decibels(error: float) -> float:

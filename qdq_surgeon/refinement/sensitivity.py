@@ -22,7 +22,7 @@ from ..report.tables import decibels as in_decibels
 from ..report.tables import table
 from ..rules.commuting import commutes
 from ..scales import Chains
-from .judging import decibels, judged, relative_error
+from .judging import decibels, judged, number_of, relative_error
 from .lockstep import Both
 from .switches import Switched
 from .trace import TensorError, trace
@@ -131,7 +131,7 @@ def measure(
         tuple(sorted(ops, key=lambda op: -op.share)),
         tensors,
         decibels(errors[-1]),
-        sum(sample.samples for sample in samples),
+        number_of(samples),
         len(runs) + 3,
     )
 

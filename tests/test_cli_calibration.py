@@ -122,7 +122,13 @@ def test_an_interrupted_run_says_how_to_go_on_and_ends_in_the_bytes_of_a_whole_o
     command += [MODEL, "--data", "slow.py", "--quiet"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     child = subprocess.Popen(
-        [*command, "-o", "part.npz"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [*command, "-o", "part.npz"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # a shell's background jobs ignore Ctrl-C, and so would the child of tests that run in one
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for _ in range(6):
         child.stdout.readline()
